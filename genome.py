@@ -1,0 +1,1242 @@
+"""genome.py: genes -> genome -> model, and parents -> child.
+
+A genome is a sequence of genes, a gene is one operation on a (B, T, C) stream of activations. `input` and `skip`
+are distances back along the sequence, so residuals, parallel branches and dense connections are still sequences:
+a pre-norm transformer block is  norm, attention skip=2, norm, gate skip=2.
+
+Read it in order: the ops (add one of your own there: one class, nothing else), then Gene and Genome, then the Model
+that a genome builds, then random_genome, mutate and crossover, then the hand-made designs that evolution has to beat.
+
+    uv run genome.py        what a random genome looks like, and a table of the ops
+
+Reads and writes nothing. B batch, T time (tokens), C channels, H heads, D channels of a head.
+"""
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import random
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------------------------
+# The vocabulary of a gene. The first choice of a trait is its default.
+
+WIDTHS = (64, 128, 192, 256, 320, 384, 512)  # channels that a gene may put out
+MAX_GENES = 48  # genes in a genome; a 12-layer transformer has 48
+MAX_DISTANCE = 8  # how far back random wiring reaches, in genes (a genome made by hand may reach to the start)
+MAX_JSON = 200_000  # characters of a genome file; more is refused unread
+LOGIT_CAP = 15.0  # logits are soft-capped to +-15 (Gemma 2, 2024)
+RESIDUAL_INIT = 0.1  # the last matrix of a residual branch starts this much smaller
+MIN_LOG_DECAY = -1.0  # a recurrent state keeps at least 1/e of itself a token: 64 of them still fit in float32
+CHUNK = 64  # tokens that recurrent ops treat in parallel
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
+}
+WIRING = {  # what every gene has beside its op's own traits
+    "activation": tuple(ACTIVATIONS),
+    "repeat": (1, 2, 3),  # the op applied this often with the same weights
+    "scale": (
+        False,
+        True,
+    ),  # a learned gain per channel on what the op puts out (Touvron et al. 2021, LayerScale)
+}
+GENOME_TRAITS = {
+    "embed_dim": (256, *(w for w in WIDTHS if w != 256)),  # width of the token embedding
+    "lr_factor": (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0, 2.8, 4.0),  # times every learning rate
+    "tied": (False, True),  # the head is the embedding matrix (Press & Wolf 2017)
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Ops. Each maps (B, T, d_in) to (B, T, d_out), and what it puts out at t depends on inputs up to t alone. Weights are
+# float32 and are cast to the dtype of x where they are used. A parameter called `weight` is a matrix (..., out, in) and
+# is trained by Muon; every other parameter by AdamW.
+
+OPS: dict[str, type["Op"]] = {}
+
+
+class Op(nn.Module):
+    """Base of all operations; a subclass is part of the search space as soon as it is defined.
+
+    class Name(Op, name="name", mixes_tokens=..., keeps_width=...), with `traits` mapping each trait to its choices and
+    __init__(self, d_in, d_out, **traits). `keeps_width` says that d_out is d_in, so that the gene has no width of its
+    own. A last matrix called `out` starts smaller in a residual branch. `settle` maps combinations of traits that
+    compute the same thing to one of them. `compiles = False` keeps torch.compile away.
+    """
+
+    name: str
+    mixes_tokens = False
+    keeps_width = False
+    compiles = True
+    traits: dict[str, tuple] = {}
+
+    def __init_subclass__(cls, name: str, mixes_tokens: bool = False, keeps_width: bool = False):
+        cls.name, cls.mixes_tokens, cls.keeps_width = name, mixes_tokens, keeps_width
+        OPS[name] = cls
+
+    @staticmethod
+    def settle(traits: dict) -> dict:
+        return traits
+
+
+class Linear(nn.Module):
+    """A matrix without bias: (..., d_in) -> (..., d_out), uniform with variance 1 / d_in at the start."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        bound = math.sqrt(3 / d_in)
+        self.weight = nn.Parameter(torch.empty(d_out, d_in).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def fused_linear(x, *layers: Linear):
+    """Apply several matrices to x with one matrix product; returns one tensor for each."""
+    weights = [layer.weight for layer in layers]
+    y = F.linear(x, torch.cat(weights).to(x.dtype))
+    return y.split([w.size(0) for w in weights], dim=-1)
+
+
+def delay(x, steps: int):
+    """Shift (B, T, C) by `steps` tokens to the future, zeros in front."""
+    return F.pad(x, (0, 0, steps, 0))[:, : x.size(1)] if steps else x
+
+
+def rms_norm(x, gain=None):
+    """Divide by the root mean square of the last dimension (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, (x.size(-1),), None if gain is None else gain.to(x.dtype), eps=1e-5)
+
+
+def rotate(x):
+    """Rotary position embedding (Su et al. 2021) of (B, H, T, D), D even."""
+    T, D = x.shape[-2:]
+    speed = 10_000 ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class LinearOp(Op, name="linear"):
+    """A matrix applied to each token."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.out = Linear(d_in, d_out)
+
+    def forward(self, x):
+        return self.out(x)
+
+
+class Conv1d(Op, name="conv1d", mixes_tokens=True):
+    """Causal convolution over the last `kernel` tokens, the identity at the start where widths allow."""
+
+    traits = {"kernel": (4, 2, 3, 7, 15), "kind": ("depthwise", "dense")}
+
+    def __init__(self, d_in, d_out, kernel, kind):
+        super().__init__()
+        self.kernel, self.kind = kernel, kind
+        if kind == "depthwise":
+            taps = torch.zeros(kernel, d_in)
+            taps[0] = 1.0
+            self.taps = nn.Parameter(taps)  # taps[j] weighs the token j steps back
+            self.out = Linear(d_in, d_out) if d_in != d_out else None
+        else:
+            bound = math.sqrt(3 / (d_in * kernel))
+            weight = torch.empty(kernel, d_out, d_in).uniform_(-bound, bound)
+            if d_in == d_out:
+                weight = 0.1 * weight
+                weight[0] += torch.eye(d_in, device=weight.device)
+            self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        if self.kind == "depthwise":
+            taps = self.taps.to(x.dtype)
+            y = sum(taps[j] * delay(x, j) for j in range(self.kernel))
+            return self.out(y) if self.out is not None else y
+        window = torch.cat([delay(x, j) for j in range(self.kernel)], dim=-1)  # (B, T, kernel * d_in)
+        return F.linear(window, torch.cat(list(self.weight), dim=1).to(x.dtype))
+
+
+class Shift(Op, name="shift", mixes_tokens=True, keeps_width=True):
+    """Mix each channel with the token before (token shift; Peng et al. 2023, RWKV)."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.mix = nn.Parameter(torch.full((d_in,), 0.5))
+
+    def forward(self, x):
+        return x + self.mix.to(x.dtype) * (delay(x, 1) - x)
+
+
+def sparsemax(scores):
+    """Project each row onto the simplex (Martins & Astudillo 2016); -inf marks what is masked.
+
+    The support is found by bisection, without sorting; the threshold is then the exact one of that support, and
+    carries the exact gradient.
+    """
+    with torch.no_grad():
+        high = scores.amax(-1, keepdim=True)
+        low = high - 1
+        for _ in range(12):
+            middle = (low + high) / 2
+            too_low = F.relu(scores - middle).sum(-1, keepdim=True) > 1
+            low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+        support = scores > low
+    kept = torch.where(support, scores, 0.0)
+    threshold = (kept.sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
+    return F.relu(torch.where(support, scores - threshold, 0.0))
+
+
+class Attention(Op, name="attention", mixes_tokens=True):
+    """Causal attention (Vaswani et al. 2017), in every form that the earlier programs could evolve.
+
+    kv_heads: each query head its own keys and values, pairs of heads sharing them (Ainslie et al. 2023, GQA), or one
+    for all (Shazeer 2019, MQA). position: rotary, ALiBi (Press et al. 2022) or none. window: 0 for all, else the last
+    so many tokens. similarity: dot, cosine (Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a head), or
+    multiplicative (Luong et al. 2015, a matrix between query and key). normalisation: softmax, sparsemax, relu divided
+    by the number of keys (Wortsman et al. 2023), sigmoid shifted by its logarithm (Ramapuram et al. 2024). temperature:
+    fixed, learned per head, or computed from each query. gating: on the values, on what comes out (Qiu et al. 2025), or
+    highway (Srivastava et al. 2015). qk_norm (Henry et al. 2020). latent: keys and values come out of a bottleneck of
+    that width (DeepSeek-V2 2024, MLA). memory: learned tokens that every query sees (Sukhbaatar et al. 2019).
+    """
+
+    traits = {
+        "heads": (4, 1, 2, 8),
+        "kv_heads": ("all", "half", "one"),
+        "position": ("rope", "none", "alibi"),
+        "window": (0, 64, 256),
+        "similarity": ("dot", "cosine", "additive", "multiplicative"),
+        "normalisation": ("softmax", "sparsemax", "relu", "sigmoid"),
+        "temperature": ("fixed", "learned", "adaptive"),
+        "gating": ("none", "input", "output", "highway"),
+        "qk_norm": (True, False),
+        "latent": (0, 32, 64, 128),
+        "memory": (0, 4, 16),
+    }
+    HIDDEN = 8  # units of the additive similarity
+
+    @staticmethod
+    def settle(traits):
+        traits = dict(traits)
+        if traits["heads"] == 1:
+            traits["kv_heads"] = "all"
+        if traits["heads"] == 2 and traits["kv_heads"] == "half":
+            traits["kv_heads"] = "one"
+        if traits["similarity"] == "cosine":
+            traits["qk_norm"] = False  # cosine has its own
+        return traits
+
+    def __init__(self, d_in, d_out, **traits):
+        super().__init__()
+        for name, value in traits.items():
+            setattr(self, name, value)
+        self.kv = {"all": self.heads, "half": self.heads // 2, "one": 1}[self.kv_heads]
+        D = self.head_dim = d_out // self.heads
+        self.q = Linear(d_in, d_out)
+        if self.latent:
+            self.down = Linear(d_in, self.latent)
+        self.k = Linear(self.latent or d_in, self.kv * D)
+        self.v = Linear(self.latent or d_in, self.kv * D)
+        self.out = Linear(d_out, d_out)
+        if self.gating != "none":
+            self.gate = Linear(d_in, self.kv * D if self.gating == "input" else d_out)
+        if self.gating == "highway":
+            self.carry = Linear(d_in, d_out) if d_in != d_out else nn.Identity()
+        if self.similarity == "multiplicative":
+            self.between = Bilinear(self.heads, D)
+        if self.similarity == "additive":
+            self.q_hidden = nn.Parameter(torch.randn(self.heads, D, self.HIDDEN) / math.sqrt(D))
+            self.k_hidden = nn.Parameter(torch.randn(self.heads, D, self.HIDDEN) / math.sqrt(D))
+            self.hidden_out = nn.Parameter(torch.randn(self.heads, self.HIDDEN) / math.sqrt(self.HIDDEN))
+        if self.temperature == "learned":
+            self.log_sharpness = nn.Parameter(torch.zeros(self.heads))
+        if self.temperature == "adaptive":
+            self.sharpness = nn.Parameter(torch.randn(self.heads, d_in) * 0.1 / math.sqrt(d_in))
+        if self.memory:
+            self.memory_k = nn.Parameter(torch.randn(self.kv, self.memory, D))
+            self.memory_v = nn.Parameter(torch.randn(self.kv, self.memory, D))
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        if self.latent:
+            q, latent = fused_linear(x, self.q, self.down)
+            k, v = fused_linear(rms_norm(latent), self.k, self.v)
+        else:
+            q, k, v = fused_linear(x, self.q, self.k, self.v)
+        if self.gating == "input":
+            v = v * torch.sigmoid(self.gate(x))
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if self.position == "rope":
+            q, k = rotate(q), rotate(k)
+        if self.memory:
+            k = torch.cat([self.memory_k.to(k.dtype).expand(B, -1, -1, -1), k], dim=2)
+            v = torch.cat([self.memory_v.to(v.dtype).expand(B, -1, -1, -1), v], dim=2)
+        if self.similarity == "cosine":
+            q, k = F.normalize(q, dim=-1) * 10 * math.sqrt(self.head_dim), F.normalize(k, dim=-1)
+        if self.similarity == "multiplicative":
+            q = self.between(q)
+        y = self.mix(q, k, v, self.query_sharpness(x))
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        if self.gating == "output":
+            y = y * torch.sigmoid(self.gate(x))
+        y = self.out(y)
+        if self.gating == "highway":
+            g = torch.sigmoid(self.gate(x))
+            y = g * y + (1 - g) * self.carry(x)
+        return y
+
+    def query_sharpness(self, x):
+        """Inverse temperature: None, (H, 1, 1) or (B, H, T, 1)."""
+        if self.temperature == "learned":
+            return self.log_sharpness.exp().to(x.dtype).view(-1, 1, 1)
+        if self.temperature == "adaptive":
+            return torch.tanh(F.linear(x, self.sharpness.to(x.dtype))).exp().transpose(1, 2).unsqueeze(-1)
+        return None
+
+    def mix(self, q, k, v, sharpness):
+        """Weigh (B, kv, M + T, D) values by the similarity of (B, H, T, D) queries and keys -> (B, H, T, D)."""
+        shared = self.kv != self.heads
+        if self.normalisation == "softmax" and self.similarity != "additive":
+            q = q * sharpness if sharpness is not None else q
+            plain = not (self.window or self.memory or self.position == "alibi")
+            bias = None if plain else self.bias(q)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, enable_gqa=shared)
+        if shared:
+            k, v = (t.repeat_interleave(self.heads // self.kv, dim=1) for t in (k, v))
+        if self.similarity == "additive":
+            a = (q @ self.q_hidden.to(q.dtype)).unsqueeze(-2)  # (B, H, T, 1, hidden)
+            b = (k @ self.k_hidden.to(k.dtype)).unsqueeze(-3)  # (B, H, 1, M + T, hidden)
+            weight = self.hidden_out.to(q.dtype)
+            scores = sum(weight[:, i].view(-1, 1, 1) * torch.tanh(a[..., i] + b[..., i]) for i in range(self.HIDDEN))
+        else:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
+        scores = scores * sharpness if sharpness is not None else scores
+        scores = scores.float() + self.bias(q).float()
+        seen = (self.memory + torch.arange(1, q.size(2) + 1, device=q.device)).float()[:, None]
+        if self.window:
+            seen = seen.clamp(max=self.memory + self.window)
+        if self.normalisation == "softmax":
+            weights = scores.softmax(-1)
+        elif self.normalisation == "sparsemax":
+            weights = sparsemax(scores)
+        elif self.normalisation == "relu":
+            weights = F.relu(scores) / seen
+        else:
+            weights = torch.sigmoid(scores - seen.log())
+        return weights.to(v.dtype) @ v
+
+    def bias(self, q):
+        """What is added to the scores, (1 or H, T, M + T): -inf for the future and beyond the window, ALiBi's slope."""
+        T = q.size(2)
+        back = torch.arange(T, device=q.device)[:, None] - torch.arange(-self.memory, T, device=q.device)
+        is_memory = (torch.arange(self.memory + T, device=q.device) < self.memory)[None]
+        hidden = back < 0
+        if self.window:
+            hidden = hidden | (back >= self.window)
+        bias = torch.zeros(1, T, self.memory + T, device=q.device)
+        if self.position == "alibi":
+            slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1, device=q.device) / self.heads)
+            bias = -slope[:, None, None] * back.masked_fill(is_memory, 0)
+        return bias.masked_fill(hidden & ~is_memory, -math.inf).to(q.dtype)
+
+
+class Bilinear(nn.Module):
+    """A matrix for each head, the identity at the start: (B, H, T, D) -> (B, H, T, D)."""
+
+    def __init__(self, heads, head_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+
+    def forward(self, q):
+        return q @ self.weight.transpose(-1, -2).to(q.dtype)
+
+
+def chunks(x):
+    """Cut (B, H, T, D) into (B, H, N, CHUNK, D), zeros at the end."""
+    B, H, T, D = x.shape
+    return F.pad(x, (0, 0, 0, -T % CHUNK)).view(B, H, -1, CHUNK, D)
+
+
+def carry_over(states, total):
+    """Sum over earlier chunks m < n of states[m], decayed by everything between: the state before chunk n.
+
+    states: (B, H, N, D, V) what each chunk adds; total: (B, H, N, D) log decay over each chunk.
+    """
+    N = total.size(2)
+    end = total.cumsum(2)  # log decay from the start to the end of each chunk
+    between = (end - total)[:, :, :, None] - end[:, :, None]  # (B, H, N, M, D), <= 0 for m < n
+    earlier = torch.ones(N, N, device=total.device, dtype=torch.bool).tril(-1)[:, :, None]
+    decay = torch.where(earlier, between, -math.inf).exp().to(states.dtype)
+    decay, states = decay.permute(0, 1, 4, 2, 3), states.transpose(2, 3)  # (B, H, D, N, M), (B, H, D, M, V)
+    return (decay @ states).transpose(2, 3)
+
+
+def linear_attention(q, k, v, log_decay):
+    """o_t = q_t S_t with S_t = diag(exp(log_decay_t)) S_(t-1) + k_t v_t', by chunks (Yang et al. 2024, GLA).
+
+    q, k: (B, H, T, D), v: (B, H, T, V), log_decay: (B, H, T, D) float32 in [MIN_LOG_DECAY, 0] -> (B, H, T, V).
+    """
+    T = q.size(2)
+    q, k, v, g = chunks(q), chunks(k), chunks(v), chunks(log_decay)
+    since = g.cumsum(3)  # log decay from the start of the chunk, this token's included
+    total = since[:, :, :, -1]
+    middle = total[:, :, :, None] / 2  # halves the largest exponent
+    inside = (q * (since - middle).exp().to(q.dtype)) @ (k * (middle - since).exp().to(k.dtype)).transpose(-1, -2)
+    inside = inside.tril() @ v
+    added = (k * (total[:, :, :, None] - since).exp().to(k.dtype)).transpose(-1, -2) @ v  # (B, H, N, D, V)
+    before = (q * since.exp().to(q.dtype)) @ carry_over(added, total)
+    return (inside + before).flatten(2, 3)[:, :, :T]
+
+
+class Retention(Op, name="retention", mixes_tokens=True):
+    """A linear-time mixer, by chunks.
+
+    Linear attention (Katharopoulos et al. 2020), RetNet (Sun et al. 2023) and GLA (Yang et al. 2024) are its corners.
+    decay: none, fixed for each head as in RetNet, learned for each head, or computed for each key channel from the
+    token (data). What comes out of each head is RMS-normed, and with gating multiplied by silu of a matrix of x.
+    """
+
+    traits = {
+        "heads": (4, 1, 2, 8),
+        "decay": ("fixed", "none", "learned", "data"),
+        "position": ("rope", "none"),
+        "gating": ("output", "none"),
+    }
+
+    def __init__(self, d_in, d_out, heads, decay, position, gating):
+        super().__init__()
+        self.heads, self.decay, self.position, self.gating = heads, decay, position, gating
+        self.q, self.k, self.v = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_in, d_out)
+        self.out = Linear(d_out, d_out)
+        if decay == "learned":
+            fixed = -torch.log1p(-(2.0 ** (-5 - torch.arange(heads))))
+            self.decay_logit = nn.Parameter(fixed.expm1().log())  # softplus gives RetNet's own at the start
+        if decay == "data":
+            self.forget = Linear(d_in, d_out)
+        if gating == "output":
+            self.gate = Linear(d_in, d_out)
+
+    def log_decay(self, x):
+        """(B, H, T, D) float32."""
+        B, T, _ = x.shape
+        D = self.q.weight.size(0) // self.heads
+        if self.decay == "data":
+            forget = F.logsigmoid(self.forget(x).float()) / 16
+            return forget.clamp(min=MIN_LOG_DECAY).view(B, T, self.heads, D).transpose(1, 2)
+        if self.decay == "none":
+            by_head = torch.zeros(self.heads, device=x.device)
+        elif self.decay == "fixed":
+            by_head = torch.log1p(-(2.0 ** (-5 - torch.arange(self.heads, device=x.device))))
+        else:
+            by_head = -F.softplus(self.decay_logit)
+        return by_head.clamp(min=MIN_LOG_DECAY).view(1, -1, 1, 1).expand(B, -1, T, D)
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in fused_linear(x, self.q, self.k, self.v))
+        if self.position == "rope":
+            q, k = rotate(q), rotate(k)
+        y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
+        y = rms_norm(y).transpose(1, 2).reshape(B, T, -1)
+        return self.out(y * F.silu(self.gate(x)) if self.gating == "output" else y)
+
+
+class Ssm(Op, name="ssm", mixes_tokens=True):
+    """A selective gated linear recurrence h_t = a_t h_(t-1) + (1 - a_t) u_t for each channel, by parallel scan.
+
+    a and u are computed from the token (Gu & Dao 2023, Mamba; De et al. 2024, Griffin; Feng et al. 2024, minGRU).
+    gating: silu of a matrix of x times the state, or none.
+    """
+
+    traits = {"gating": ("output", "none")}
+
+    def __init__(self, d_in, d_out, gating):
+        super().__init__()
+        self.gating = gating
+        self.u, self.forget, self.out = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_out, d_out)
+        self.forget_bias = nn.Parameter(torch.linspace(-6.0, 1.0, d_out))  # half-lives from 280 tokens to less than one
+        if gating == "output":
+            self.gate = Linear(d_in, d_out)
+
+    def forward(self, x):
+        T = x.size(1)
+        u, forget = fused_linear(x, self.u, self.forget)
+        log_a = -F.softplus(forget.float() + self.forget_bias).clamp(max=-MIN_LOG_DECAY)
+        g, u = (chunks(t.unsqueeze(1)) for t in (log_a, -torch.expm1(log_a) * u.float()))  # (B, 1, N, CHUNK, C)
+        since = g.cumsum(3)
+        middle = since[:, :, :, -1:] / 2
+        inside = (since - middle).exp() * (u * (middle - since).exp()).cumsum(3)
+        added = inside[:, :, :, -1, :, None]  # (B, 1, N, C, 1) the state that each chunk leaves
+        before = carry_over(added, since[:, :, :, -1]).squeeze(-1).unsqueeze(3)
+        h = (inside + since.exp() * before).flatten(1, 3)[:, :T].to(x.dtype)
+        return self.out(h * F.silu(self.gate(x)) if self.gating == "output" else h)
+
+
+class Gru(Op, name="gru", mixes_tokens=True):
+    """A gated recurrent unit (Cho et al. 2014), one token after the other, by cuDNN on a GPU."""
+
+    compiles = False
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.x_to_h = Linear(d_in, 3 * d_out)
+        self.h_to_h = Linear(d_out, 3 * d_out)
+        self.bias = nn.Parameter(torch.zeros(2, 3 * d_out))
+
+    def forward(self, x):
+        weights = [self.x_to_h.weight, self.h_to_h.weight, self.bias[0], self.bias[1]]
+        start = x.new_zeros(1, x.size(0), self.h_to_h.weight.size(1))
+        flags = dict(has_biases=True, num_layers=1, dropout=0.0, train=True, bidirectional=False, batch_first=True)
+        return torch.gru(x, start, [w.to(x.dtype).contiguous() for w in weights], *flags.values())[0]
+
+
+class Gate(Op, name="gate"):
+    """A gated channel mixer (Shazeer 2020): out(kind(gate(x)) * up(x)), hidden width 2/3 * expansion * d_out."""
+
+    traits = {"kind": ("silu", "gelu", "relu", "sigmoid"), "expansion": (4, 1, 2)}
+
+    def __init__(self, d_in, d_out, kind, expansion):
+        super().__init__()
+        hidden = -(-expansion * d_out * 2 // 3 // 64) * 64
+        self.kind = torch.sigmoid if kind == "sigmoid" else ACTIVATIONS[kind]
+        self.gate, self.up, self.out = Linear(d_in, hidden), Linear(d_in, hidden), Linear(hidden, d_out)
+
+    def forward(self, x):
+        gate, up = fused_linear(x, self.gate, self.up)
+        return self.out(self.kind(gate) * up)
+
+
+class Norm(Op, name="norm", keeps_width=True):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm (Ba et al. 2016), with a learned gain."""
+
+    traits = {"kind": ("rms", "layer")}
+
+    def __init__(self, d_in, d_out, kind):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(d_in))
+        self.bias = nn.Parameter(torch.zeros(d_in)) if kind == "layer" else None
+
+    def forward(self, x):
+        if self.bias is None:
+            return rms_norm(x, self.gain)
+        return F.layer_norm(x, (x.size(-1),), self.gain.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Identity(Op, name="identity", keeps_width=True):
+    """Nothing: with skip a sum of two earlier genes, with an activation that activation."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+class MoeRouter(Op, name="moe_router"):
+    """A mixture of expert MLPs (relu squared, hidden width d_out), chosen for each token by itself.
+
+    routing: soft, every expert weighed by a softmax (Jordan & Jacobs 1994); top1 (Fedus et al. 2021, Switch) or top2
+    (Shazeer et al. 2017) with no capacity, so no token is dropped and none sees another. shared: one more expert that
+    every token takes (Dai et al. 2024, DeepSeekMoE).
+    """
+
+    traits = {"experts": (4, 2, 8), "routing": ("soft", "top1", "top2"), "shared": (False, True)}
+
+    @staticmethod
+    def settle(traits):
+        both = traits["experts"] == 2 and traits["routing"] == "top2"  # 2 of 2 experts is all of them
+        return {**traits, "routing": "soft"} if both else traits
+
+    def __init__(self, d_in, d_out, experts, routing, shared):
+        super().__init__()
+        self.top = {"soft": experts, "top1": 1, "top2": 2}[routing]
+        self.router = Linear(d_in, experts)
+        self.up = Experts(experts, d_in, d_out)
+        self.out = Experts(experts, d_out, d_out)
+        if shared:
+            self.shared_up, self.shared_out = Linear(d_in, d_out), Linear(d_out, d_out)
+        self.shared = shared
+
+    def forward(self, x):
+        B, T, C = x.shape
+        flat = x.reshape(B * T, C)
+        probs = self.router(flat).float().softmax(-1)  # (B * T, experts)
+        grouped = self.top < probs.size(-1) and x.dtype == torch.bfloat16 and x.is_cuda
+        y = self.by_groups(flat, probs) if grouped else self.by_mask(flat, probs)
+        if self.shared:
+            y = y + self.shared_out(F.relu(self.shared_up(flat)).square())
+        return y.view(B, T, -1)
+
+    def by_mask(self, x, probs):
+        """Every expert on every token, weighed by 0 where it was not chosen: one fused MLP."""
+        if self.top < probs.size(-1):
+            chosen = torch.zeros_like(probs).scatter(-1, probs.topk(self.top, dim=-1).indices, 1.0)
+            probs = probs * chosen
+        E, hidden, d_in = self.up.weight.shape
+        h = F.relu(F.linear(x, self.up.weight.to(x.dtype).view(E * hidden, d_in))).square()
+        h = (h.view(-1, E, hidden) * probs.to(x.dtype)[:, :, None]).flatten(1)
+        return F.linear(h, torch.cat(list(self.out.weight), dim=1).to(x.dtype))
+
+    def by_groups(self, x, probs):
+        """Only the chosen experts: tokens sorted by expert, one grouped matrix product for each layer."""
+        weight, expert = probs.topk(self.top, dim=-1)  # (N, top)
+        order = expert.flatten().argsort(stable=True)
+        ends = F.one_hot(expert.flatten(), probs.size(-1)).sum(0).cumsum(0).to(torch.int32)
+        token = order // self.top
+        h = F.relu(F.grouped_mm(x[token], self.up.weight.to(x.dtype).transpose(1, 2), offs=ends)).square()
+        h = h * weight.flatten()[order, None].to(x.dtype)
+        y = F.grouped_mm(h, self.out.weight.to(x.dtype).transpose(1, 2), offs=ends)
+        back = torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=x.device))
+        return y[back].view(x.size(0), self.top, -1).sum(1)
+
+
+class Experts(nn.Module):
+    """A matrix for each expert, (experts, d_out, d_in)."""
+
+    def __init__(self, experts, d_in, d_out):
+        super().__init__()
+        bound = math.sqrt(3 / d_in)
+        self.weight = nn.Parameter(torch.empty(experts, d_out, d_in).uniform_(-bound, bound))
+
+
+class Memory(Op, name="memory"):
+    """A learned bank of keys and values that each token looks up by itself (Sukhbaatar et al. 2019)."""
+
+    traits = {"slots": (256, 64, 512)}
+
+    def __init__(self, d_in, d_out, slots):
+        super().__init__()
+        self.keys, self.out = Linear(d_in, slots), Linear(slots, d_out)
+
+    def forward(self, x):
+        return self.out(self.keys(x).float().softmax(-1).to(x.dtype) * math.sqrt(self.out.weight.size(1)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Gene and Genome: immutable, valid by construction, JSON both ways.
+
+
+class GenomeError(ValueError):
+    """A gene or genome that cannot be; the message names the field."""
+
+
+def check_choice(where: str, value, choices: tuple):
+    """Return value if it is one of the choices, in type as well (True is no 1, nan nothing)."""
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return value
+    shown = str(value)[:40]
+    raise GenomeError(f"{where}: {shown} is not one of {', '.join(map(str, choices))}")
+
+
+def check_distance(where: str, value, smallest: int):
+    if type(value) is not int or not smallest <= value <= MAX_GENES:
+        raise GenomeError(f"{where}: {str(value)[:40]} is not a distance from {smallest} to {MAX_GENES}")
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One operation. Gene("attention", 256, skip=2, heads=8); traits that are not named take their default.
+
+    op: a name in OPS. dim: channels it puts out, one of WIDTHS (None for ops that keep the width of their input).
+    input: it reads the gene this far back (1 the one before; the first gene reads the embedding). skip: what came out
+    this far back is added (0 nothing; 1 is a residual around this gene alone). Raises GenomeError.
+    """
+
+    op: str
+    dim: int | None = None
+    activation: str = "none"
+    input: int = 1
+    skip: int = 0
+    repeat: int = 1
+    scale: bool = False
+    traits: tuple[tuple[str, object], ...] = ()
+
+    def __init__(self, op, dim=None, activation="none", input=1, skip=0, repeat=1, scale=False, **traits):
+        check_choice("op", op, tuple(OPS))
+        declared = OPS[op].traits
+        unknown = next((name for name in traits if name not in declared), None)
+        if unknown is not None:
+            raise GenomeError(f"{op}.{str(unknown)[:40]}: no such trait; it has {', '.join(declared) or 'none'}")
+        if OPS[op].keeps_width and dim is not None:
+            raise GenomeError(f"{op}.dim: keeps the width of its input, so dim has to be null")
+        if not OPS[op].keeps_width:
+            check_choice(f"{op}.dim", dim, WIDTHS)
+        check_distance(f"{op}.input", input, 1)
+        check_distance(f"{op}.skip", skip, 0)
+        for name, value in {"activation": activation, "repeat": repeat, "scale": scale}.items():
+            check_choice(f"{op}.{name}", value, WIRING[name])
+        full = {n: check_choice(f"{op}.{n}", traits[n], c) if n in traits else c[0] for n, c in declared.items()}
+        settled = tuple(OPS[op].settle(full).items())
+        values = (op, dim, activation, input, skip, repeat, scale, settled)
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name):
+        """gene.heads for a trait."""
+        for trait, value in self.__dict__.get("traits", ()):
+            if trait == name:
+                return value
+        raise AttributeError(name)
+
+    def change(self, **changes) -> "Gene":
+        """The same gene with some fields or traits changed."""
+        return Gene(**{**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict:
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "traits"}
+        return {**own, **dict(self.traits)}
+
+    @property
+    def bare(self) -> "Gene":
+        """The gene without its distances: what it takes to build it, once the widths it reads are known."""
+        return self.change(input=1, skip=min(self.skip, 1))
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether it only hands on what it reads."""
+        return self.op == "identity" and self.activation == "none" and not self.skip and not self.scale
+
+
+class Node(NamedTuple):
+    """A gene as it stands in the network: state 0 is the embedding, state i what node i - 1 puts out."""
+
+    gene: Gene
+    source: int  # the state it reads
+    skip: int | None  # the state that is added
+    d_in: int
+    d_skip: int | None
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Genome:
+    """A sequence of genes between the embedding and the head. Raises GenomeError unless it can be built.
+
+    A distance that reaches beyond the first gene is refused. What no path from the head reads, and identities that do
+    nothing, are part of the genome but not of its network, its parameters or its key.
+    """
+
+    genes: tuple[Gene, ...]
+    embed_dim: int = 256
+    lr_factor: float = 1.0
+    tied: bool = False
+    network: tuple[Node, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "genes", tuple(self.genes))
+        if not 1 <= len(self.genes) <= MAX_GENES:
+            raise GenomeError(f"genes: {len(self.genes)} of them, not 1 to {MAX_GENES}")
+        for name, choices in GENOME_TRAITS.items():
+            check_choice(name, getattr(self, name), choices)
+        for i, gene in enumerate(self.genes, start=1):
+            for name in ("input", "skip"):
+                if getattr(gene, name) > i:
+                    raise GenomeError(f"genes[{i - 1}].{name}: {getattr(gene, name)} reaches beyond the embedding")
+        object.__setattr__(self, "network", self._network())
+
+    def _network(self) -> tuple[Node, ...]:
+        genes = self.genes
+        stands_for = [0]  # for each state, the state that holds the same value (identities that do nothing fall away)
+        for i, gene in enumerate(genes, start=1):
+            stands_for.append(stands_for[i - gene.input] if gene.adds_nothing else i)
+        read, todo = set(), [stands_for[-1]]
+        while todo:
+            i = todo.pop()
+            if i and i not in read:
+                read.add(i)
+                gene = genes[i - 1]
+                todo.append(stands_for[i - gene.input])
+                if gene.skip:
+                    todo.append(stands_for[i - gene.skip])
+        place = {0: 0} | {i: n for n, i in enumerate(sorted(read), start=1)}
+        widths, nodes = [self.embed_dim], []
+        for i in sorted(read):
+            gene = genes[i - 1]
+            source = place[stands_for[i - gene.input]]
+            skip = place[stands_for[i - gene.skip]] if gene.skip else None
+            d_in = widths[source]
+            d_out = d_in if OPS[gene.op].keeps_width else gene.dim
+            widths.append(d_out)
+            nodes.append(Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out))
+        return tuple(nodes)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A hash of what the genome computes and how it is trained; equal keys are one network."""
+        parts = [
+            (
+                n.gene.op,
+                n.d_out,
+                n.gene.activation,
+                n.gene.repeat,
+                n.gene.scale,
+                n.gene.traits,
+                n.source,
+                n.skip,
+            )
+            for n in self.network
+        ]
+        text = json.dumps([parts, self.embed_dim, self.lr_factor, self.tied])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return any(OPS[node.gene.op].mixes_tokens for node in self.network)
+
+    @property
+    def d_out(self) -> int:
+        """Channels that reach the head."""
+        return self.network[-1].d_out if self.network else self.embed_dim
+
+    @property
+    def summary(self) -> str:
+        """The ops in a line, runs that repeat written once: (norm→attention→norm→gate)×6."""
+        ops, parts, i = [node.gene.op for node in self.network], [], 0
+        while i < len(ops):
+            best, times = 1, 1
+            for size in range(1, 9):
+                n = 1
+                while ops[i : i + size] == ops[i + n * size : i + (n + 1) * size]:
+                    n += 1
+                if n > 1 and (n - 1) * size > (times - 1) * best:
+                    best, times = size, n
+            run = "→".join(ops[i : i + best])
+            parts.append(run if times == 1 else f"({run})×{times}" if best > 1 else f"{run}×{times}")
+            i += best * times
+        return "→".join(parts) or "nothing"
+
+    def num_params(self, vocab_size: int) -> int:
+        """Parameters of Model(self, vocab_size), without allocating them."""
+        blocks = sum(block_params(n.gene.bare, n.d_in, n.d_skip) for n in self.network)
+        frame = vocab_size * self.embed_dim
+        if not self.tied:
+            return blocks + frame + vocab_size * self.d_out
+        return blocks + frame + (self.d_out * self.embed_dim if self.d_out != self.embed_dim else 0)
+
+    def to_json(self) -> str:
+        own = {name: getattr(self, name) for name in GENOME_TRAITS}
+        return json.dumps({**own, "genes": [gene.to_dict() for gene in self.genes]})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Genome":
+        """Read what to_json wrote. Raises GenomeError, naming the field, on anything else; never allocates."""
+        if len(text) > MAX_JSON:
+            raise GenomeError(f"a genome of {len(text):,} characters; at most {MAX_JSON:,} are read")
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GenomeError(f"not JSON: {str(error)[:100]}") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data) -> "Genome":
+        if not isinstance(data, dict) or not isinstance(data.get("genes"), list):
+            raise GenomeError("genes: a genome is an object with a list of genes")
+        if len(data["genes"]) > MAX_GENES:
+            raise GenomeError(f"genes: {len(data['genes'])} of them, not 1 to {MAX_GENES}")
+        unknown = next((name for name in data if name != "genes" and name not in GENOME_TRAITS), None)
+        if unknown is not None:
+            raise GenomeError(f"{unknown[:40]}: no such field; a genome has genes, {', '.join(GENOME_TRAITS)}")
+        genes = []
+        for i, gene in enumerate(data["genes"]):
+            if not isinstance(gene, dict) or not isinstance(gene.get("op"), str):
+                raise GenomeError(f"genes[{i}].op: a gene is an object with the name of an op")
+            try:
+                genes.append(Gene(**gene))
+            except (GenomeError, TypeError) as error:
+                raise GenomeError(f"genes[{i}]: {error}") from None
+        return cls(tuple(genes), **{name: value for name, value in data.items() if name != "genes"})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Model: a fixed frame (embedding, RMS norm, the genes, RMS norm, head, soft-cap) around a genome's network.
+
+
+class Block(nn.Module):
+    """A gene as built: x (B, T, d_in), skip (B, T, d_skip) or None -> (B, T, d_out)."""
+
+    def __init__(self, gene: Gene, d_in: int, d_skip: int | None):
+        super().__init__()
+        cls = OPS[gene.op]
+        d_out = d_in if cls.keeps_width else gene.dim
+        self.gene = gene
+        self.enter = Linear(d_in, d_out) if gene.repeat > 1 and d_in != d_out else None
+        self.op = cls(d_out if gene.repeat > 1 else d_in, d_out, **dict(gene.traits))
+        self.gain = nn.Parameter(torch.ones(d_out)) if gene.scale else None
+        self.project = Linear(d_skip, d_out) if d_skip is not None and d_skip != d_out else None
+        last = getattr(self.op, "out", None)
+        if d_skip is not None and last is not None:
+            last.weight.data *= RESIDUAL_INIT
+
+    def forward(self, x, skip=None):
+        y = self.enter(x) if self.enter is not None else x
+        for _ in range(self.gene.repeat):
+            y = ACTIVATIONS[self.gene.activation](self.op(y))
+        if self.gain is not None:
+            y = y * self.gain.to(y.dtype)
+        if skip is not None:
+            y = y + (self.project(skip) if self.project is not None else skip)
+        return y
+
+
+@functools.lru_cache(maxsize=100_000)
+def block_params(gene: Gene, d_in: int, d_skip: int | None) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Block(gene, d_in, d_skip).parameters())
+
+
+class Enter(nn.Module):
+    """Tokens to normed embeddings: (B, T) int64 -> (B, T, embed_dim) in `dtype`."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, dtype: torch.dtype):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(vocab_size, embed_dim))
+        self.dtype = dtype
+
+    def forward(self, idx):
+        return rms_norm(F.embedding(idx, self.embedding).to(self.dtype))
+
+
+class Leave(nn.Module):
+    """Norm, head and soft-cap: (B, T, d) -> (B, T, vocab_size) logits, or (B, T) nats where targets are given."""
+
+    def __init__(self, vocab_size: int, d_in: int, tied_dim: int | None):
+        super().__init__()
+        self.tied = tied_dim is not None
+        self.project = Linear(d_in, tied_dim) if self.tied and tied_dim != d_in else None
+        self.head = None if self.tied else nn.Parameter(torch.randn(vocab_size, d_in) * 0.001)
+
+    def forward(self, x, embedding=None, targets=None):
+        x = rms_norm(x)
+        if self.tied:
+            x = self.project(x) if self.project is not None else x
+            head = embedding * 0.02  # an embedding of size 1 would begin with logits of size 1 * sqrt(d)
+        else:
+            head = self.head
+        logits = LOGIT_CAP * torch.tanh(F.linear(x, head.to(x.dtype)).float() / LOGIT_CAP)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+class Model(nn.Module):
+    """The network of a genome. Model(genome, vocab_size)(idx) gives logits; with targets, the loss in nats.
+
+    idx, targets: (B, T) int64. reduction: "mean" (a scalar) or "none" (B, T). dtype: what activations are computed in;
+    parameters are float32. Initialised from torch's global generator.
+    """
+
+    def __init__(self, genome: Genome, vocab_size: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.genome = genome
+        self.enter = Enter(vocab_size, genome.embed_dim, dtype)
+        self.blocks = nn.ModuleList(Block(node.gene, node.d_in, node.d_skip) for node in genome.network)
+        self.leave = Leave(vocab_size, genome.d_out, genome.embed_dim if genome.tied else None)
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        assert idx.dim() == 2 and idx.dtype == torch.int64, "idx has to be (B, T) int64"
+        states = [self.enter(idx)]  # (B, T, embed_dim)
+        for node, block in zip(self.genome.network, self.blocks, strict=True):
+            states.append(block(states[node.source], None if node.skip is None else states[node.skip]))
+        out = self.leave(states[-1], self.enter.embedding if self.leave.tied else None, targets)
+        return out.mean() if targets is not None and reduction == "mean" else out
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# random_genome, mutate, crossover: pure functions of their arguments and a random.Random.
+
+
+class Child(NamedTuple):
+    """A genome and the operators that made it, joined by +."""
+
+    genome: Genome
+    operator: str
+
+
+def fit_distances(genes: list[Gene]) -> tuple[Gene, ...]:
+    """Shorten distances that reach beyond the embedding to reach the embedding."""
+    fitted = []
+    for i, gene in enumerate(genes, start=1):
+        if gene.input > i or gene.skip > i:
+            gene = gene.change(input=min(gene.input, i), skip=min(gene.skip, i))
+        fitted.append(gene)
+    return tuple(fitted)
+
+
+def random_gene(rng: random.Random, dim: int) -> Gene:
+    """A random op with random traits, `dim` wide where it has a width."""
+    op = rng.choice(list(OPS))
+    traits = {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
+    activation = rng.choice(list(ACTIVATIONS)) if rng.random() < 0.5 else "none"
+    skip = rng.choice((1, 1, 2, 3)) if rng.random() < 0.5 else 0
+    return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=skip, **traits)
+
+
+def random_genome(rng: random.Random) -> Genome:
+    """Two to eight random genes, each half the time as wide as the one before."""
+    dim, genes = rng.choice(WIDTHS), []
+    embed_dim = dim
+    for _ in range(rng.randint(2, 8)):
+        dim = dim if rng.random() < 0.5 else rng.choice(WIDTHS)
+        genes.append(random_gene(rng, dim))
+    return Genome(fit_distances(genes), embed_dim=embed_dim)
+
+
+def other(rng: random.Random, choices, present):
+    """One of the choices that is not the present one."""
+    return rng.choice([choice for choice in choices if choice != present])
+
+
+def change_gene(genome: Genome, rng: random.Random, change) -> Genome:
+    """Replace one gene by change(gene)."""
+    i = rng.randrange(len(genome.genes))
+    genes = list(genome.genes)
+    genes[i] = change(genes[i])
+    return replace(genome, genes=fit_distances(genes))
+
+
+def width_near(genome: Genome, i: int) -> int:
+    """The width of the last gene before i that has one, else of the embedding."""
+    return next((gene.dim for gene in reversed(genome.genes[:i]) if gene.dim), genome.embed_dim)
+
+
+def change_op(genome, rng):
+    i = rng.randrange(len(genome.genes))
+    old = genome.genes[i]
+    new = random_gene(rng, old.dim or width_near(genome, i))
+    new = new.change(input=old.input, skip=old.skip, activation=old.activation)
+    return replace(genome, genes=(*genome.genes[:i], new, *genome.genes[i + 1 :]))
+
+
+def change_width(genome, rng):
+    """One gene, or all at once with the embedding (a narrower or wider network)."""
+    if rng.random() < 0.5:
+        sized = [i for i, gene in enumerate(genome.genes) if gene.dim]
+        if sized:
+            i = rng.choice(sized)
+            gene = genome.genes[i].change(dim=other(rng, WIDTHS, genome.genes[i].dim))
+            return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
+    step = rng.choice((-1, 1))
+
+    def resized(dim):
+        return WIDTHS[min(max(WIDTHS.index(dim) + step, 0), len(WIDTHS) - 1)]
+
+    genes = tuple(gene.change(dim=resized(gene.dim)) if gene.dim else gene for gene in genome.genes)
+    return replace(genome, genes=genes, embed_dim=resized(genome.embed_dim))
+
+
+def change_activation(genome, rng):
+    return change_gene(genome, rng, lambda g: g.change(activation=other(rng, ACTIVATIONS, g.activation)))
+
+
+def change_skip(genome, rng):
+    return change_gene(genome, rng, lambda g: g.change(skip=other(rng, range(MAX_DISTANCE + 1), g.skip)))
+
+
+def change_input(genome, rng):
+    return change_gene(genome, rng, lambda g: g.change(input=other(rng, range(1, MAX_DISTANCE + 1), g.input)))
+
+
+def change_repeat(genome, rng):
+    return change_gene(genome, rng, lambda g: g.change(repeat=other(rng, WIRING["repeat"], g.repeat)))
+
+
+def change_scale(genome, rng):
+    return change_gene(genome, rng, lambda g: g.change(scale=not g.scale))
+
+
+def change_trait(genome, rng):
+    """One trait of one op."""
+    having = [i for i, gene in enumerate(genome.genes) if gene.traits]
+    if not having:
+        return genome
+    i = rng.choice(having)
+    name, value = rng.choice(genome.genes[i].traits)
+    gene = genome.genes[i].change(**{name: other(rng, OPS[genome.genes[i].op].traits[name], value)})
+    return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
+
+
+def change_training(genome, rng):
+    """Learning rate, embedding width or tied head."""
+    name = rng.choice(list(GENOME_TRAITS))
+    return replace(genome, **{name: other(rng, GENOME_TRAITS[name], getattr(genome, name))})
+
+
+def spliced(genome: Genome, start: int, stop: int, genes) -> Genome:
+    """The genome with genes[start:stop] replaced; unchanged where that would leave none or too many."""
+    genes = [*genome.genes[:start], *genes, *genome.genes[stop:]]
+    return replace(genome, genes=fit_distances(genes)) if 1 <= len(genes) <= MAX_GENES else genome
+
+
+def add_gene(genome, rng):
+    i = rng.randint(0, len(genome.genes))
+    return spliced(genome, i, i, [random_gene(rng, width_near(genome, i))])
+
+
+def random_run(genome: Genome, rng: random.Random) -> tuple[int, int]:
+    """Where a random run of one to eight genes starts and ends, short ones more often."""
+    size = min(rng.choice((1, 2, 2, 3, 4, 4, 6, 8)), len(genome.genes))
+    start = rng.randint(0, len(genome.genes) - size)
+    return start, start + size
+
+
+def remove_gene(genome, rng):
+    i = rng.randrange(len(genome.genes))
+    return spliced(genome, i, i + 1, [])
+
+
+def swap_genes(genome, rng):
+    i, j = rng.randrange(len(genome.genes)), rng.randrange(len(genome.genes))
+    genes = list(genome.genes)
+    genes[i], genes[j] = genes[j], genes[i]
+    return replace(genome, genes=fit_distances(genes))
+
+
+def duplicate_run(genome, rng):
+    """A run of genes once more, behind itself or anywhere."""
+    start, stop = random_run(genome, rng)
+    at = stop if rng.random() < 0.7 else rng.randint(0, len(genome.genes))
+    return spliced(genome, at, at, genome.genes[start:stop])
+
+
+def remove_run(genome, rng):
+    return spliced(genome, *random_run(genome, rng), [])
+
+
+MUTATIONS = {  # name: (function of a genome and an rng, how often it is drawn)
+    "change_op": (change_op, 2),
+    "change_width": (change_width, 2),
+    "change_activation": (change_activation, 1),
+    "change_skip": (change_skip, 2),
+    "change_input": (change_input, 1),
+    "change_repeat": (change_repeat, 0.5),
+    "change_scale": (change_scale, 0.5),
+    "change_trait": (change_trait, 3),
+    "change_training": (change_training, 1.5),
+    "add_gene": (add_gene, 3),
+    "remove_gene": (remove_gene, 1.5),
+    "swap_genes": (swap_genes, 1),
+    "duplicate_run": (duplicate_run, 3),
+    "remove_run": (remove_run, 0.5),
+}
+
+
+def mutate(genome: Genome, rng: random.Random, rate: float) -> Child:
+    """One random change, and with chance `rate` another, up to four. The child never computes what its parent does."""
+    names, weights = list(MUTATIONS), [weight for _, weight in MUTATIONS.values()]
+    while True:
+        child, operators = genome, []
+        while not operators or (len(operators) < 4 and rng.random() < rate):
+            operators += rng.choices(names, weights)
+            child = MUTATIONS[operators[-1]][0](child, rng)
+        if child.key != genome.key:
+            return Child(child, "+".join(operators))
+
+
+def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:
+    """A run of b's genes in the place of a run of a's. Where the parents share genes, the runs are cut at those.
+
+    Training traits come from either. Where every child that was drawn computes what a parent does, a is mutated.
+    """
+    shared = difflib.SequenceMatcher(None, a.genes, b.genes, autojunk=False).get_matching_blocks()
+    aligned = [(m.a + k, m.b + k) for m in shared for k in range(m.size + 1)]
+    for _ in range(20):
+        if len(aligned) > 2 and rng.random() < 0.8:
+            (i, j), (k, l) = sorted(rng.sample(aligned, 2))
+            if l < j:
+                continue
+        else:
+            (i, k), (j, l) = random_run(a, rng), random_run(b, rng)
+        child = spliced(a, i, k, b.genes[j:l])
+        child = replace(child, **{name: getattr(rng.choice((a, b)), name) for name in GENOME_TRAITS})
+        if child.key not in (a.key, b.key):
+            return Child(child, "crossover")
+    return mutate(a, rng, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Designs made by hand, for comparison. They are trained like any genome and never become parents.
+
+
+def transformer(n_layer: int, dim: int, heads: int, lr_factor: float = 1.0, **attention) -> Genome:
+    """Pre-norm, rotary, SwiGLU (Touvron et al. 2023, Llama)."""
+    block = (
+        Gene("norm"),
+        Gene("attention", dim, skip=2, heads=heads, **attention),
+        Gene("norm"),
+        Gene("gate", dim, skip=2),
+    )
+    return Genome(block * n_layer, embed_dim=dim, lr_factor=lr_factor)
+
+
+def convnet(n_layer: int, dim: int) -> Genome:
+    """Dense convolutions in place of attention."""
+    block = (
+        Gene("norm"),
+        Gene("conv1d", dim, skip=2, kernel=4, kind="dense"),
+        Gene("norm"),
+        Gene("gate", dim, skip=2),
+    )
+    return Genome(block * n_layer, embed_dim=dim)
+
+
+def gru_net(n_layer: int, dim: int) -> Genome:
+    block = (Gene("norm"), Gene("gru", dim, skip=2))
+    return Genome(block * n_layer, embed_dim=dim)
+
+
+def mlp(n_layer: int, dim: int) -> Genome:
+    """No token sees another: what a bigram model can do."""
+    return Genome((Gene("norm"), Gene("gate", dim, skip=2)) * n_layer, embed_dim=dim)
+
+
+ENTRANTS = {  # twelve evaluations, as many as a generation: eight transformers, so that the best of them is tuned
+    "transformer-4x256": transformer(4, 256, 4),
+    "transformer-6x256": transformer(6, 256, 4),
+    "transformer-3x320": transformer(3, 320, 4),
+    "transformer-4x256-lr2": transformer(4, 256, 4, lr_factor=2.0),
+    "transformer-3x320-lr2": transformer(3, 320, 4, lr_factor=2.0),
+    "transformer-3x320-lr0.5": transformer(3, 320, 4, lr_factor=0.5),
+    "transformer-2x384": transformer(2, 384, 4),
+    "transformer-4x192": transformer(4, 192, 4),
+    "convnet-4x256": convnet(4, 256),
+    "gru-2x256": gru_net(2, 256),
+    "gru-1x384": gru_net(1, 384),
+    "mlp-4x256": mlp(4, 256),
+}
+
+
+def main():
+    rng = random.Random(0)
+    genomes = [random_genome(rng) for _ in range(1000)]
+    print(f"{'op':<12} {'mixes tokens':<13} traits (default first)")
+    for name, op in OPS.items():
+        traits = ", ".join(f"{trait} {'/'.join(map(str, choices))}" for trait, choices in op.traits.items())
+        print(f"{name:<12} {'yes' if op.mixes_tokens else 'no':<13} {traits}")
+    depth = sum(len(genome.network) for genome in genomes) / len(genomes)
+    mixing = sum(genome.mixes_tokens for genome in genomes) / len(genomes)
+    large = sum(genome.num_params(8192) > 10_000_000 for genome in genomes) / len(genomes)
+    print(f"\n1,000 random genomes: {depth:.1f} genes in the network, {mixing:.0%} mix tokens, "
+          f"{large:.0%} have over 10 M parameters (8,192 tokens)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
