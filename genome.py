@@ -36,6 +36,7 @@ LOGIT_CAP = 15.0  # logits are soft-capped to +-15 (Gemma 2, 2024)
 RESIDUAL_INIT = 0.1  # the last matrix of a residual branch starts this much smaller
 MIN_LOG_DECAY = -1.0  # a recurrent state keeps at least 1/e of itself a token: 64 of them still fit in float32
 CHUNK = 64  # tokens that recurrent ops treat in parallel
+HALFWAY = 46 * math.log(2)  # about half of what can decay in a chunk; its exponential is a power of two, exact in bf16
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -48,10 +49,7 @@ ACTIVATIONS = {
 WIRING = {  # what every gene has beside its op's own traits
     "activation": tuple(ACTIVATIONS),
     "repeat": (1, 2, 3),  # the op applied this often with the same weights
-    "scale": (
-        False,
-        True,
-    ),  # a learned gain per channel on what the op puts out (Touvron et al. 2021, LayerScale)
+    "scale": (False, True),  # a learned gain per channel on what the op puts out (Touvron et al. 2021, LayerScale)
 }
 GENOME_TRAITS = {
     "embed_dim": (256, *(w for w in WIDTHS if w != 256)),  # width of the token embedding
@@ -84,6 +82,9 @@ class Op(nn.Module):
     traits: dict[str, tuple] = {}
 
     def __init_subclass__(cls, name: str, mixes_tokens: bool = False, keeps_width: bool = False):
+        taken = {"op", "dim", "input", "skip", *WIRING} & set(cls.traits)
+        if taken:
+            raise ValueError(f"{cls.__name__}: every gene has a {min(taken)}; call the trait something else")
         cls.name, cls.mixes_tokens, cls.keeps_width = name, mixes_tokens, keeps_width
         OPS[name] = cls
 
@@ -128,7 +129,7 @@ def rotate(x):
     angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class LinearOp(Op, name="linear"):
@@ -186,20 +187,25 @@ class Shift(Op, name="shift", mixes_tokens=True, keeps_width=True):
 def sparsemax(scores):
     """Project each row onto the simplex (Martins & Astudillo 2016); -inf marks what is masked.
 
-    The support is found by bisection, without sorting; the threshold is then the exact one of that support, and
-    carries the exact gradient.
+    The threshold is found without sorting: bisection, then Newton steps from below, which end at the exact support.
+    It carries the exact gradient.
     """
     with torch.no_grad():
-        high = scores.amax(-1, keepdim=True)
-        low = high - 1
-        for _ in range(12):
+        top = scores.amax(-1, keepdim=True)
+        below = scores - top  # the threshold lies in [-1, 0)
+        low, high = torch.full_like(top, -1.0), torch.zeros_like(top)
+        for _ in range(8):
             middle = (low + high) / 2
-            too_low = F.relu(scores - middle).sum(-1, keepdim=True) > 1
+            too_low = F.relu(below - middle).sum(-1, keepdim=True) > 1
             low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-        support = scores > low
-    kept = torch.where(support, scores, 0.0)
+        for _ in range(3):
+            support = below > low
+            step = (torch.where(support, below, 0.0).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
+            low = torch.maximum(low, step)
+        support = below > low
+    kept = torch.where(support, scores - top, 0.0)
     threshold = (kept.sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True)
-    return F.relu(torch.where(support, scores - threshold, 0.0))
+    return F.relu(torch.where(support, kept - threshold, 0.0))
 
 
 class Attention(Op, name="attention", mixes_tokens=True):
@@ -289,7 +295,8 @@ class Attention(Op, name="attention", mixes_tokens=True):
             k = torch.cat([self.memory_k.to(k.dtype).expand(B, -1, -1, -1), k], dim=2)
             v = torch.cat([self.memory_v.to(v.dtype).expand(B, -1, -1, -1), v], dim=2)
         if self.similarity == "cosine":
-            q, k = F.normalize(q, dim=-1) * 10 * math.sqrt(self.head_dim), F.normalize(k, dim=-1)
+            q, k = F.normalize(q, dim=-1, eps=1e-3), F.normalize(k, dim=-1, eps=1e-3)  # eps bounds the gradient at 0
+            q = q * 10 * math.sqrt(self.head_dim)
         if self.similarity == "multiplicative":
             q = self.between(q)
         y = self.mix(q, k, v, self.query_sharpness(x))
@@ -316,7 +323,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
         if self.normalisation == "softmax" and self.similarity != "additive":
             q = q * sharpness if sharpness is not None else q
             plain = not (self.window or self.memory or self.position == "alibi")
-            bias = None if plain else self.bias(q)
+            bias = None if plain else self.bias(q).to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, enable_gqa=shared)
         if shared:
             k, v = (t.repeat_interleave(self.heads // self.kv, dim=1) for t in (k, v))
@@ -328,7 +335,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
         scores = scores * sharpness if sharpness is not None else scores
-        scores = scores.float() + self.bias(q).float()
+        scores = scores.float() + self.bias(q)
         seen = (self.memory + torch.arange(1, q.size(2) + 1, device=q.device)).float()[:, None]
         if self.window:
             seen = seen.clamp(max=self.memory + self.window)
@@ -343,18 +350,18 @@ class Attention(Op, name="attention", mixes_tokens=True):
         return weights.to(v.dtype) @ v
 
     def bias(self, q):
-        """What is added to the scores, (1 or H, T, M + T): -inf for the future and beyond the window, ALiBi's slope."""
+        """What is added to scores, (1, 1 or H, T, M + T) float32: ALiBi; -inf for the future and beyond the window."""
         T = q.size(2)
         back = torch.arange(T, device=q.device)[:, None] - torch.arange(-self.memory, T, device=q.device)
         is_memory = (torch.arange(self.memory + T, device=q.device) < self.memory)[None]
         hidden = back < 0
         if self.window:
             hidden = hidden | (back >= self.window)
-        bias = torch.zeros(1, T, self.memory + T, device=q.device)
+        bias = torch.zeros(1, 1, T, self.memory + T, device=q.device)
         if self.position == "alibi":
             slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1, device=q.device) / self.heads)
-            bias = -slope[:, None, None] * back.masked_fill(is_memory, 0)
-        return bias.masked_fill(hidden & ~is_memory, -math.inf).to(q.dtype)
+            bias = -slope.view(1, -1, 1, 1) * back.masked_fill(is_memory, 0)
+        return bias.masked_fill(hidden & ~is_memory, -math.inf)
 
 
 class Bilinear(nn.Module):
@@ -380,8 +387,9 @@ def carry_over(states, total):
     states: (B, H, N, D, V) what each chunk adds; total: (B, H, N, D) log decay over each chunk.
     """
     N = total.size(2)
-    end = total.cumsum(2)  # log decay from the start to the end of each chunk
-    between = (end - total)[:, :, :, None] - end[:, :, None]  # (B, H, N, M, D), <= 0 for m < n
+    end = total.cumsum(2)  # log decay from the first token to the end of each chunk
+    start = F.pad(end, (0, 0, 1, 0))[:, :, :N]  # to its start (end - total would let its own tokens into the rounding)
+    between = start[:, :, :, None] - end[:, :, None]  # (B, H, N, M, D), <= 0 for m < n
     earlier = torch.ones(N, N, device=total.device, dtype=torch.bool).tril(-1)[:, :, None]
     decay = torch.where(earlier, between, -math.inf).exp().to(states.dtype)
     decay, states = decay.permute(0, 1, 4, 2, 3), states.transpose(2, 3)  # (B, H, D, N, M), (B, H, D, M, V)
@@ -397,8 +405,10 @@ def linear_attention(q, k, v, log_decay):
     q, k, v, g = chunks(q), chunks(k), chunks(v), chunks(log_decay)
     since = g.cumsum(3)  # log decay from the start of the chunk, this token's included
     total = since[:, :, :, -1]
-    middle = total[:, :, :, None] / 2  # halves the largest exponent
-    inside = (q * (since - middle).exp().to(q.dtype)) @ (k * (middle - since).exp().to(k.dtype)).transpose(-1, -2)
+    from_middle = (
+        since + HALFWAY
+    )  # halves the largest exponent; half of `total` would let later tokens into the rounding
+    inside = (q * from_middle.exp().to(q.dtype)) @ (k * (-from_middle).exp().to(k.dtype)).transpose(-1, -2)
     inside = inside.tril() @ v
     added = (k * (total[:, :, :, None] - since).exp().to(k.dtype)).transpose(-1, -2) @ v  # (B, H, N, D, V)
     before = (q * since.exp().to(q.dtype)) @ carry_over(added, total)
@@ -481,8 +491,8 @@ class Ssm(Op, name="ssm", mixes_tokens=True):
         log_a = -F.softplus(forget.float() + self.forget_bias).clamp(max=-MIN_LOG_DECAY)
         g, u = (chunks(t.unsqueeze(1)) for t in (log_a, -torch.expm1(log_a) * u.float()))  # (B, 1, N, CHUNK, C)
         since = g.cumsum(3)
-        middle = since[:, :, :, -1:] / 2
-        inside = (since - middle).exp() * (u * (middle - since).exp()).cumsum(3)
+        from_middle = since + HALFWAY
+        inside = from_middle.exp() * (u * (-from_middle).exp()).cumsum(3)
         added = inside[:, :, :, -1, :, None]  # (B, 1, N, C, 1) the state that each chunk leaves
         before = carry_over(added, since[:, :, :, -1]).squeeze(-1).unsqueeze(3)
         h = (inside + since.exp() * before).flatten(1, 3)[:, :T].to(x.dtype)
@@ -637,18 +647,35 @@ class GenomeError(ValueError):
     """A gene or genome that cannot be; the message names the field."""
 
 
+def shown(value) -> str:
+    """A value from a file as it may stand in a message: short, printable, and never written out whole first."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    small = value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 10**15)
+    return str(value) if small else f"a value of type {type(value).__name__}"
+
+
 def check_choice(where: str, value, choices: tuple):
     """Return value if it is one of the choices, in type as well (True is no 1, nan nothing)."""
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return value
-    shown = str(value)[:40]
-    raise GenomeError(f"{where}: {shown} is not one of {', '.join(map(str, choices))}")
+    raise GenomeError(f"{where}: {shown(value)} is not one of {', '.join(map(str, choices))}")
 
 
 def check_distance(where: str, value, smallest: int):
     if type(value) is not int or not smallest <= value <= MAX_GENES:
-        raise GenomeError(f"{where}: {str(value)[:40]} is not a distance from {smallest} to {MAX_GENES}")
+        raise GenomeError(f"{where}: {shown(value)} is not a distance from {smallest} to {MAX_GENES}")
+
+
+def unique_fields(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict; a field that stands in it twice is refused."""
+    fields = {}
+    for name, value in pairs:
+        if name in fields:
+            raise GenomeError(f"the field {shown(name)} stands there twice")
+        fields[name] = value
+    return fields
 
 
 @dataclass(frozen=True)
@@ -674,7 +701,7 @@ class Gene:
         declared = OPS[op].traits
         unknown = next((name for name in traits if name not in declared), None)
         if unknown is not None:
-            raise GenomeError(f"{op}.{str(unknown)[:40]}: no such trait; it has {', '.join(declared) or 'none'}")
+            raise GenomeError(f"{op}: no trait {shown(unknown)}; it has {', '.join(declared) or 'none'}")
         if OPS[op].keeps_width and dim is not None:
             raise GenomeError(f"{op}.dim: keeps the width of its input, so dim has to be null")
         if not OPS[op].keeps_width:
@@ -685,6 +712,8 @@ class Gene:
             check_choice(f"{op}.{name}", value, WIRING[name])
         full = {n: check_choice(f"{op}.{n}", traits[n], c) if n in traits else c[0] for n, c in declared.items()}
         settled = tuple(OPS[op].settle(full).items())
+        if op == "identity" and activation in ("none", "relu"):
+            repeat = 1  # once more changes nothing
         values = (op, dim, activation, input, skip, repeat, scale, settled)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
@@ -757,18 +786,20 @@ class Genome:
         stands_for = [0]  # for each state, the state that holds the same value (identities that do nothing fall away)
         for i, gene in enumerate(genes, start=1):
             stands_for.append(stands_for[i - gene.input] if gene.adds_nothing else i)
-        read, todo = set(), [stands_for[-1]]
-        while todo:
-            i = todo.pop()
-            if i and i not in read:
-                read.add(i)
+        place, order = {0: 0}, []
+
+        def visit(i):  # what a gene reads comes before it, whatever order unrelated genes have in the genome
+            if i not in place:
                 gene = genes[i - 1]
-                todo.append(stands_for[i - gene.input])
+                visit(stands_for[i - gene.input])
                 if gene.skip:
-                    todo.append(stands_for[i - gene.skip])
-        place = {0: 0} | {i: n for n, i in enumerate(sorted(read), start=1)}
+                    visit(stands_for[i - gene.skip])
+                order.append(i)
+                place[i] = len(order)
+
+        visit(stands_for[-1])
         widths, nodes = [self.embed_dim], []
-        for i in sorted(read):
+        for i in order:
             gene = genes[i - 1]
             source = place[stands_for[i - gene.input]]
             skip = place[stands_for[i - gene.skip]] if gene.skip else None
@@ -782,16 +813,7 @@ class Genome:
     def key(self) -> str:
         """A hash of what the genome computes and how it is trained; equal keys are one network."""
         parts = [
-            (
-                n.gene.op,
-                n.d_out,
-                n.gene.activation,
-                n.gene.repeat,
-                n.gene.scale,
-                n.gene.traits,
-                n.source,
-                n.skip,
-            )
+            (n.gene.op, n.d_out, n.gene.activation, n.gene.repeat, n.gene.scale, n.gene.traits, n.source, n.skip)
             for n in self.network
         ]
         text = json.dumps([parts, self.embed_dim, self.lr_factor, self.tied])
@@ -838,10 +860,12 @@ class Genome:
     @classmethod
     def from_json(cls, text: str) -> "Genome":
         """Read what to_json wrote. Raises GenomeError, naming the field, on anything else; never allocates."""
-        if len(text) > MAX_JSON:
-            raise GenomeError(f"a genome of {len(text):,} characters; at most {MAX_JSON:,} are read")
+        if not isinstance(text, str) or len(text) > MAX_JSON:
+            raise GenomeError(f"a genome is a text of at most {MAX_JSON:,} characters")
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=unique_fields)
+        except GenomeError:
+            raise
         except (ValueError, RecursionError) as error:
             raise GenomeError(f"not JSON: {str(error)[:100]}") from None
         return cls.from_dict(data)
@@ -852,18 +876,22 @@ class Genome:
             raise GenomeError("genes: a genome is an object with a list of genes")
         if len(data["genes"]) > MAX_GENES:
             raise GenomeError(f"genes: {len(data['genes'])} of them, not 1 to {MAX_GENES}")
-        unknown = next((name for name in data if name != "genes" and name not in GENOME_TRAITS), None)
-        if unknown is not None:
-            raise GenomeError(f"{unknown[:40]}: no such field; a genome has genes, {', '.join(GENOME_TRAITS)}")
+        training = {name: value for name, value in data.items() if name != "genes"}
+        unknown = [name for name in training if name not in GENOME_TRAITS]
+        if unknown:
+            raise GenomeError(f"no field {shown(unknown[0])}; a genome has genes, {', '.join(GENOME_TRAITS)}")
         genes = []
         for i, gene in enumerate(data["genes"]):
             if not isinstance(gene, dict) or not isinstance(gene.get("op"), str):
                 raise GenomeError(f"genes[{i}].op: a gene is an object with the name of an op")
+            wrong = [name for name in gene if not isinstance(name, str) or name == "self"]
+            if wrong:
+                raise GenomeError(f"genes[{i}]: no field {shown(wrong[0])}")
             try:
                 genes.append(Gene(**gene))
-            except (GenomeError, TypeError) as error:
+            except GenomeError as error:
                 raise GenomeError(f"genes[{i}]: {error}") from None
-        return cls(tuple(genes), **{name: value for name, value in data.items() if name != "genes"})
+        return cls(tuple(genes), **training)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1081,9 +1109,19 @@ def change_training(genome, rng):
 
 
 def spliced(genome: Genome, start: int, stop: int, genes) -> Genome:
-    """The genome with genes[start:stop] replaced; unchanged where that would leave none or too many."""
-    genes = [*genome.genes[:start], *genes, *genome.genes[stop:]]
-    return replace(genome, genes=fit_distances(genes)) if 1 <= len(genes) <= MAX_GENES else genome
+    """The genome with genes[start:stop] replaced; unchanged where that would leave none or too many.
+
+    Genes behind the splice that reach over it to something before it still do: a residual stays a residual.
+    """
+    growth = len(genes) - (stop - start)
+    if not 1 <= len(genome.genes) + growth <= MAX_GENES:
+        return genome
+    rest = []
+    for state, gene in enumerate(genome.genes[stop:], start=stop + 1):
+        reach = {name: getattr(gene, name) for name in ("input", "skip")}
+        moved = {name: d + growth for name, d in reach.items() if d and state - d <= start and state - d < stop}
+        rest.append(gene.change(**moved))
+    return replace(genome, genes=fit_distances([*genome.genes[:start], *genes, *rest]))
 
 
 def add_gene(genome, rng):
@@ -1169,7 +1207,9 @@ def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:
         child = replace(child, **{name: getattr(rng.choice((a, b)), name) for name in GENOME_TRAITS})
         if child.key not in (a.key, b.key):
             return Child(child, "crossover")
-    return mutate(a, rng, 0.0)
+    while (child := mutate(a, rng, 0.0)).genome.key == b.key:
+        pass
+    return child
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1189,12 +1229,7 @@ def transformer(n_layer: int, dim: int, heads: int, lr_factor: float = 1.0, **at
 
 def convnet(n_layer: int, dim: int) -> Genome:
     """Dense convolutions in place of attention."""
-    block = (
-        Gene("norm"),
-        Gene("conv1d", dim, skip=2, kernel=4, kind="dense"),
-        Gene("norm"),
-        Gene("gate", dim, skip=2),
-    )
+    block = (Gene("norm"), Gene("conv1d", dim, skip=2, kernel=4, kind="dense"), Gene("norm"), Gene("gate", dim, skip=2))
     return Genome(block * n_layer, embed_dim=dim)
 
 
@@ -1221,6 +1256,56 @@ ENTRANTS = {  # twelve evaluations, as many as a generation: eight transformers,
     "gru-2x256": gru_net(2, 256),
     "gru-1x384": gru_net(1, 384),
     "mlp-4x256": mlp(4, 256),
+}
+
+
+def gpt2(n_layer: int, dim: int, heads: int) -> Genome:
+    """Pre-norm with layer norm, GELU MLP, tied head (Radford et al. 2019).
+
+    What the space cannot say: learned positions (ALiBi stands in), biases, a hidden width beyond 512.
+    """
+    block = (
+        Gene("norm", kind="layer"),
+        Gene("attention", dim, skip=2, heads=heads, position="alibi", qk_norm=False),
+        Gene("norm", kind="layer"),
+        Gene("linear", 512, activation="gelu"),
+        Gene("linear", dim, skip=3),
+    )
+    return Genome(block * n_layer, embed_dim=dim, tied=True)
+
+
+def retnet(n_layer: int, dim: int, heads: int) -> Genome:
+    """Gated retention with fixed decay, GELU MLP (Sun et al. 2023), values as wide as keys."""
+    block = (
+        Gene("norm", kind="layer"),
+        Gene("retention", dim, skip=2, heads=heads),
+        Gene("norm", kind="layer"),
+        Gene("linear", 512, activation="gelu"),
+        Gene("linear", dim, skip=3),
+    )
+    return Genome(block * n_layer, embed_dim=dim)
+
+
+def parallel(n_layer: int, dim: int, heads: int) -> Genome:
+    """Attention and retention side by side on the same norm, their sum added to the stream."""
+    block = (
+        Gene("norm"),
+        Gene("attention", dim, skip=2, heads=heads),
+        Gene("retention", dim, input=2, skip=1, heads=heads),
+        Gene("norm"),
+        Gene("gate", dim, skip=2),
+    )
+    return Genome(block * n_layer, embed_dim=dim)
+
+
+NAMED_DESIGNS = {  # published designs, 6 to 10 M parameters with 8,192 tokens
+    "gpt2": gpt2(8, 256, 4),
+    "llama": transformer(6, 256, 8, kv_heads="half", qk_norm=False),
+    "retnet": retnet(7, 256, 4),
+    "parallel": parallel(4, 256, 4),
+    "evo-attention": transformer(  # the published winner: dot, sparsemax, output gate, learned temperature
+        5, 256, 4, normalisation="sparsemax", gating="output", temperature="learned", qk_norm=False
+    ),
 }
 
 

@@ -1,15 +1,15 @@
 """
-Prepare the data, once: shards of text -> tokenizer -> tokens; and measure models on them in bits per byte.
+Prepare the data, once: shards of text -> tokenizer -> tokens; and score models on them in bits per byte.
 
-    uv run prepare.py                  download 8 shards of FineWeb-Edu and the held-out one (1 GB), tokenize them
-    uv run prepare.py --shards 16      more of them; what is there already is kept
-    uv run prepare.py --data-dir DIR   your own parquet shards, each with a `text` column; the last one is held out
+    uv run prepare.py                  download 8 shards of FineWeb-Edu and the held-out one (about 1 GB)
+    uv run prepare.py --shards 16      more of them; those that are here are kept
+    uv run prepare.py --data-dir DIR   your own parquet shards with a `text` column; the last one is held out
     uv run prepare.py --demo           no download: the Python standard library's own source files
 
-Reads the shards. Writes one folder per source under ~/.cache/genesis (GENESIS_CACHE moves it): tokenizer.tiktoken,
-tokenizer.json, train.bin, val.bin, test.bin (uint16 tokens, BOS before each document) and, last of all, meta.json:
-a folder without it holds nothing. Stop it whenever you like: the next call resumes the download and starts the rest
-again. evolve.py uses `prepare`, `load`, `Batches` and `bits_per_byte` from here.
+Reads the shards. Writes a folder for each source under ~/.cache/genesis (GENESIS_CACHE moves it) with
+tokenizer.tiktoken, tokenizer.json, train.bin, val.bin, test.bin (uint16 tokens, BOS before each document) and, last
+of all, meta.json: without it the folder counts as empty. Stop it whenever you like: the next call resumes the
+download and starts the rest again. evolve.py uses `prepare`, `load`, `Batches` and `bits_per_byte`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -31,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,54 +50,48 @@ import tiktoken
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    import torch  # seconds to import, and only the metric needs it: it is imported there
+    import torch  # only the metric needs it and it takes seconds to import, so it is imported there
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Constants: text and tokens. Changing one of these makes the next call tokenize again.
+# --------------------------------------------------------------------------------------------------
+# Constants: text and tokens. The next call after a change tokenizes again.
 
 VOCAB_SIZE = 8192  # tokens, BOS included
 BOS = "<|bos|>"  # stands before every document
-SPLIT_PATTERN = (  # GPT-4's, with numbers cut at two digits instead of three: they cost a small vocabulary less
+SPLIT_PATTERN = (  # GPT-4's, but a number is cut every two digits, not three: kinder to a small vocabulary
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
-TOKENIZER_CHARS = 100_000_000  # characters of training text that the tokenizer is trained on: the first ones
-TOKENIZER_DOC_CHARS = 10_000  # characters of one document that the tokenizer may see
-PIECE_CHARS = (
-    100_000  # longer documents are tokenized in pieces: the regex overflows on a million spaces in a row
-)
+TOKENIZER_CHARS = 100_000_000  # characters of training text the tokenizer is trained on: the first ones
+TOKENIZER_DOC_CHARS = 10_000  # characters it may see of one document
+PIECE_CHARS = 20_000  # longer documents are encoded in pieces: tiktoken takes the square of an unbroken run
 DEMO_CHARS = 8_000_000  # characters of source code in the demo
-DEMO_HELD_OUT = 10  # every 10th file of the demo is held out
-FORMAT = 1  # of the files below; raise it when they change
-
-# Constants: download.
-
-SHARDS = 8  # training shards, of about 250 MB of text (60 M tokens) each
-HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror
-HUB_REPO = "karpathy/fineweb-edu-100b-shuffle"
-LAST_SHARD = 1822  # held out; shards 0 to 1821 are for training
-SHARD_BYTES = (
-    100_000_000  # of one shard, roughly: for the disk check, and the progress bar before the hub answers
-)
-SHARD_TOKEN_BYTES = 125_000_000  # of its tokens, roughly
-DOWNLOADS = 4  # shards at a time
-TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-ATTEMPTS = 8  # in a row that bring a shard no further, before it is given up
-DAMAGED_ATTEMPTS = 2  # whole downloads of a shard that turn out to be no parquet, before it is given up
-BACKOFF = 1.0  # seconds before the first retry; doubles with each
-BACKOFF_MAX = 60.0  # seconds
-RETRY_AFTER_MAX = 300.0  # seconds that a server may ask to wait
-
+DEMO_HELD_OUT = 10  # one file in so many is held out
+FORMAT = 1  # of the files written; raise it when they change
 SPLITS = ("train", "val", "test")
-assert 256 < VOCAB_SIZE <= 2**16, "a token is a uint16"
+
+# Constants: download
+
+SHARDS = 8  # training shards, each about 250 MB of text (60 M tokens)
+LAST_SHARD = 1822  # held out; 0 to 1821 are for training
+HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror
+HUB_FOLDER = "datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
+SHARD_BYTES = 100_000_000  # of one shard, about: for the disk check, and until the hub tells
+SHARD_TOKEN_BYTES = 125_000_000  # of its tokens, about
+DOWNLOADS = 4  # shards at a time
+CHUNK = 64 * 1024  # bytes read at a time; a broken connection loses at most these
+TIMEOUT = (10, 15)  # seconds to connect, seconds without a byte
+ATTEMPTS = 8  # in a row that bring a shard no further, then it is given up
+DAMAGED_ATTEMPTS = 2  # downloads of a shard that turn out to be no parquet, then it is given up
+BACKOFF, BACKOFF_MAX = 1.0, 60.0  # seconds before the first retry, doubled with each; the longest
+RETRY_AFTER_MAX = 300.0  # seconds a server may make us wait
 
 
 class PrepareError(Exception):
-    """What went wrong and what to run next, for the user."""
+    """What went wrong and what to do next, in words for the user."""
 
 
 def say(line: str) -> None:
-    tqdm.write(line)  # above the progress bar where there is one
+    tqdm.write(line)  # above the progress bar, where there is one
     sys.stdout.flush()
 
 
@@ -104,12 +99,12 @@ def progress(**options) -> tqdm:
     return tqdm(disable=None, leave=False, **options)  # None: no bar in a log file
 
 
-def size(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+def in_units(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where things are
+# --------------------------------------------------------------------------------------------------
+# Where a source's tokens are, and the command that puts them there
 
 
 def cache_root() -> Path:
@@ -117,7 +112,7 @@ def cache_root() -> Path:
 
 
 def source_folder(*, data_dir: str | Path | None = None, demo: bool = False) -> Path:
-    """Return the folder that holds a source's tokens, prepared or not."""
+    """Return the folder of a source's tokens, prepared or not."""
     assert not (data_dir and demo), "choose one source"
     if not data_dir:
         return cache_root() / ("demo" if demo else "fineweb-edu")
@@ -126,28 +121,17 @@ def source_folder(*, data_dir: str | Path | None = None, demo: bool = False) -> 
 
 
 def command(*, data_dir: str | Path | None = None, demo: bool = False, shards: int | None = None) -> str:
-    option = (
-        f" --data-dir {data_dir}"
-        if data_dir
-        else " --demo"
-        if demo
-        else f" --shards {shards}"
-        if shards
-        else ""
-    )
-    return f"uv run prepare.py{option}"
+    flags = {"--data-dir": data_dir and shlex.quote(str(data_dir)), "--demo": demo and "", "--shards": shards}
+    used = [f" {flag} {value}".rstrip() for flag, value in flags.items() if value not in (None, False)]
+    return "uv run prepare.py" + "".join(used)
 
 
-def shard_name(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Download
+# --------------------------------------------------------------------------------------------------
+# Shards from the hub
 
 
 class Retry(Exception):
-    """A failure that may pass: why, and how many seconds the server asks to wait."""
+    """A failure that may pass: why, and the seconds that the server asks to wait."""
 
     def __init__(self, why: str, wait: float = 0.0):
         super().__init__(why)
@@ -155,46 +139,44 @@ class Retry(Exception):
 
 
 def retry_after(response: requests.Response) -> float:
-    """Return the seconds that a Retry-After header asks for, given as a number or as an HTTP date."""
+    """Return the seconds of a Retry-After header, which holds a number or an HTTP date."""
     value = response.headers.get("Retry-After", "")
     try:
-        seconds = (
-            float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
-        )
+        wait = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
     except ValueError:
-        seconds = 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER_MAX)
+        wait = 0.0
+    return min(max(wait, 0.0), RETRY_AFTER_MAX)
 
 
 def shard_problem(path: Path) -> str | None:
-    """Say why `path` cannot be used as a shard; None where it can."""
+    """Say why `path` is no shard; None where it is one."""
     try:
         kind = pq.read_schema(path).field("text").type
     except KeyError:
         return "it has no `text` column"
     except (pa.ArrowException, OSError) as error:
-        return f"it is not a parquet file that opens ({str(error).splitlines()[0]})"
+        return f"it does not open as parquet ({str(error).splitlines()[0]})"
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
     return None if is_text else f"its `text` column holds {kind}, not strings"
 
 
 class Download:
-    """One shard on its way: `run` until it lies at `path`, whole and checked. A `.part` file holds what came so far."""
+    """A shard on its way. What came so far lies in a .part file; the shard gets its name whole and checked."""
 
     def __init__(self, url: str, path: Path, bar: tqdm, stop: threading.Event):
         self.url, self.path, self.bar, self.stop = url, path, bar, stop
         self.part = path.with_name(path.name + ".part")
-        self.total = SHARD_BYTES  # a guess until the hub answers
+        self.total = SHARD_BYTES  # until the hub tells
 
     def have(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def restart(self) -> None:
+    def start_over(self) -> None:
         self.bar.update(-self.have())
         self.part.unlink(missing_ok=True)
 
     def run(self) -> None:
-        """Raise PrepareError when the shard cannot be had; `stop` ends it early."""
+        """Try until the shard is here, `stop` is set or there is no hope left (PrepareError)."""
         furthest, failures, damaged = self.have(), 0, 0
         while not self.stop.is_set():
             try:
@@ -203,153 +185,140 @@ class Download:
                     return
                 if problem := shard_problem(self.part):
                     damaged += 1
-                    self.restart()
-                    raise Retry(f"arrived, but {problem}")
+                    self.start_over()
+                    raise Retry(f"it arrived, but {problem}")
                 os.replace(self.part, self.path)
                 return
             except (Retry, requests.RequestException) as error:
                 failures = 0 if self.have() > furthest else failures + 1
                 furthest = max(furthest, self.have())
-                hopeless = isinstance(error, ValueError)  # requests' own: HF_ENDPOINT is no URL
-                if hopeless or failures >= ATTEMPTS or damaged >= DAMAGED_ATTEMPTS:
+                no_url = isinstance(error, ValueError)  # what requests says of a wrong HF_ENDPOINT
+                if no_url or failures >= ATTEMPTS or damaged >= DAMAGED_ATTEMPTS:
                     raise PrepareError(f"{self.path.name}: {error} ({self.url})") from None
-                wait = min(BACKOFF * 2 ** max(failures - 1, 0), BACKOFF_MAX)
-                wait = max(wait, getattr(error, "wait", 0.0)) * random.uniform(
-                    1.0, 1.5
-                )  # not all at once again
+                wait = max(min(BACKOFF * 2 ** (failures - 1), BACKOFF_MAX), getattr(error, "wait", 0.0))
+                wait *= random.uniform(1.0, 1.5)  # so that they do not all come back at once
                 say(f"{self.path.name}: {error}; trying again in {wait:.0f} s")
                 self.stop.wait(wait)
 
     def attempt(self) -> None:
-        """Ask once for the bytes that are missing, and append them to the part."""
+        """Ask once for the bytes that are missing and append them to the part."""
         have = self.have()
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             status, length = response.status_code, response.headers.get("Content-Length", "")
             span = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
             if status == 416 and span and int(span[2]) == have:
-                return  # nothing is missing: killed just before the part got its name
+                return  # all is here: an earlier call was killed before it could rename the part
             if status == 416 or (status == 206 and not (span and span[1] and int(span[1]) == have)):
-                self.restart()
+                self.start_over()
                 raise Retry(f"HTTP {status} does not continue the {have} bytes that are here: starting over")
             if status in (408, 425, 429) or status >= 500:
                 raise Retry(f"HTTP {status}", retry_after(response))
             if status not in (200, 206):
                 raise PrepareError(f"{self.path.name}: HTTP {status} ({self.url})")
             if status == 200:
-                self.restart()  # the server sends the whole file, asked or not
+                self.start_over()  # the server sends all of it, asked or not
             total = int(span[2]) if status == 206 else int(length) if length.isdecimal() else None
-            self.bar.total += (total or self.total) - self.total
-            self.total = total or self.total
+            if total is not None:
+                self.bar.total += total - self.total
+                self.total = total
             with open(self.part, "ab") as file:
-                for chunk in response.iter_content(256 * 1024):
+                for chunk in response.iter_content(CHUNK):
                     self.bar.update(file.write(chunk))
                     if self.stop.is_set():
                         return
                 file.flush()
                 os.fsync(file.fileno())
-        if total is not None and self.have() != total:
-            got = self.have()
+        if total is not None and (got := self.have()) != total:
             if got > total:
-                self.restart()
-            raise Retry(f"{got} bytes arrived where {total} were announced")
+                self.start_over()
+            raise Retry(f"{got} bytes arrived of {total}")
 
 
-def download(folder: Path, names: list[str], again: str) -> list[Path]:
-    """Bring the named shards into `folder`, in parallel; return their paths. What arrived stays, whatever happens."""
+def download(folder: Path, names: list[str]) -> list[Path]:
+    """Bring the named shards into `folder` and return their paths. What arrived stays, whatever happens."""
     folder.mkdir(exist_ok=True)
-    base = f"{os.environ.get('HF_ENDPOINT') or HUB}/datasets/{HUB_REPO}/resolve/main".replace(
-        "//datasets", "/datasets"
-    )
-    paths = [folder / name for name in names]
+    base = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{HUB_FOLDER}"
+    paths, stop, failed = [folder / name for name in names], threading.Event(), []
     missing = [path for path in paths if shard_problem(path)]
-    stop, failed = threading.Event(), []
+    if not missing:
+        return paths
     with progress(total=len(missing) * SHARD_BYTES, unit="B", unit_scale=True, desc="download") as bar:
         shards = [Download(f"{base}/{path.name}", path, bar, stop) for path in missing]
-        bar.update(sum(shard.have() for shard in shards))
-        check_disk(
-            folder, len(shards) * SHARD_BYTES - bar.n + len(names) * SHARD_TOKEN_BYTES if shards else 0, again
-        )
+        here = sum(shard.have() for shard in shards)
+        bar.update(here)
+        check_disk(folder, len(shards) * SHARD_BYTES - here + len(paths) * SHARD_TOKEN_BYTES)
         with ThreadPoolExecutor(DOWNLOADS) as pool:
-            waiting = {pool.submit(shard.run): shard for shard in shards}
+            running = {pool.submit(shard.run): shard for shard in shards}
             try:
-                for done, future in enumerate(as_completed(waiting), start=1):
+                for done, future in enumerate(as_completed(running), start=1):
                     try:
                         future.result()
+                        say(f"{running[future].path.name}: downloaded, {done} of {len(shards)}")
                     except PrepareError as error:
                         failed.append(str(error))
-                    else:
-                        if bar.disable:
-                            say(f"{waiting[future].path.name}: downloaded ({done} of {len(shards)})")
-            except BaseException:  # Ctrl-C, or a full disk: end the other downloads too
+            except BaseException:  # Ctrl-C or a full disk: end the other downloads too
                 stop.set()
                 raise
     if failed:
         lines = "\n  ".join(sorted(failed))
-        raise PrepareError(
-            f"{len(failed)} of {len(names)} shards could not be downloaded:\n  {lines}\n"
-            f"What was downloaded is kept. Run again to resume: {again}"
-        )
+        raise PrepareError(f"{len(failed)} of {len(names)} shards could not be downloaded:\n  {lines}")
     return paths
 
 
-def check_disk(folder: Path, need: int, again: str) -> None:
+def check_disk(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise PrepareError(
-            f"Not enough disk space in {folder}: {size(need)} needed, {size(free)} free. "
-            f"Make room, or set GENESIS_CACHE to another disk, and run again: {again}"
-        )
+        needed = f"{in_units(need)} needed, {in_units(free)} free"
+        raise PrepareError(f"Not enough disk space in {folder}: {needed}. Make room, or move GENESIS_CACHE")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Other sources of shards
+# --------------------------------------------------------------------------------------------------
+# Shards from elsewhere
 
 
 def local_shards(data_dir: str | Path) -> list[Path]:
-    """Return the sorted parquet shards of a user's folder."""
+    """Return the parquet shards of a user's folder, sorted."""
     folder = Path(data_dir).expanduser().resolve()
     if not folder.is_dir():
         raise PrepareError(f"--data-dir {data_dir}: there is no such folder")
     paths = sorted(folder.glob("*.parquet"))
     if len(paths) < 2:
-        found = "holds no *.parquet file" if not paths else f"holds one parquet file, {paths[0].name}"
-        raise PrepareError(f"--data-dir {data_dir} {found}; it takes two or more: the last one is held out")
+        found = f"only {paths[0].name}" if paths else "no *.parquet file"
+        raise PrepareError(f"--data-dir {data_dir} holds {found}; it needs two shards: the last is held out")
     for path in paths:
         if problem := shard_problem(path):
-            raise PrepareError(f"--data-dir: {path} cannot be used: {problem}. Replace it or move it away")
+            raise PrepareError(f"--data-dir {data_dir}: {path.name} is no shard: {problem}. Move it away")
     return paths
 
 
 def demo_shards(folder: Path) -> list[Path]:
-    """Write the Python standard library's source files as two shards: for training, and held out."""
+    """Write the Python standard library's source files as two shards, for training and held out."""
     root, chars, texts = Path(sysconfig.get_path("stdlib")), 0, []
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     for path in sorted(root.rglob("*.py")):
-        if left_out.isdisjoint(path.relative_to(root).parts) and chars < DEMO_CHARS:
+        if chars < DEMO_CHARS and left_out.isdisjoint(path.relative_to(root).parts):
             try:
                 texts.append(path.read_text(encoding="utf-8")[: DEMO_CHARS - chars])
             except UnicodeDecodeError:
-                continue  # a few files are there to be undecodable
+                continue  # a few are in Latin-1
             chars += len(texts[-1])
     if len(texts) < 2 * DEMO_HELD_OUT:
-        raise PrepareError(
-            f"No source files of the standard library in {root}; use --data-dir DIR instead of --demo"
-        )
-    paths = [folder / shard_name(0), folder / shard_name(1)]
+        raise PrepareError(f"{root} holds no source files of the standard library: use --data-dir instead")
     held_out = texts[::DEMO_HELD_OUT]
     del texts[::DEMO_HELD_OUT]
-    for path, documents in zip(paths, (texts, held_out), strict=True):
-        pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), path)
+    paths = [folder / "shard_00000.parquet", folder / "shard_00001.parquet"]
+    for path, part in zip(paths, (texts, held_out), strict=True):
+        pq.write_table(pa.table({"text": part}), path)
     return paths
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text: train, val and test share no document
+# --------------------------------------------------------------------------------------------------
+# Text
 
 
-def documents(paths: Iterable[Path], again: str) -> Iterator[str]:
-    """Stream the documents of shards, empty ones left out; bytes that are not UTF-8 become U+FFFD."""
+def documents(paths: Iterable[Path]) -> Iterator[str]:
+    """Stream the documents of shards, without the empty ones; bytes that are not UTF-8 become U+FFFD."""
     for path in paths:
         try:
             for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
@@ -357,9 +326,7 @@ def documents(paths: Iterable[Path], again: str) -> Iterator[str]:
                     if raw:
                         yield raw.decode("utf-8", "replace")
         except (pa.ArrowException, OSError) as error:
-            raise PrepareError(
-                f"{path} is damaged: {error}\nReplace or delete it, and run again: {again}"
-            ) from None
+            raise PrepareError(f"{path} is damaged, delete or replace it: {error}") from None
 
 
 def digest(text: str) -> bytes:
@@ -367,7 +334,7 @@ def digest(text: str) -> bytes:
 
 
 def alternate(texts: Iterable[str], which: int) -> Iterator[str]:
-    """Yield every other distinct document: the even ones (which = 0) or the odd ones (which = 1)."""
+    """Yield every other document, repeats not counted: the even ones (which = 0) or the odd ones (1)."""
     seen = set()
     for text in texts:
         key = digest(text)
@@ -377,7 +344,7 @@ def alternate(texts: Iterable[str], which: int) -> Iterator[str]:
             seen.add(key)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
@@ -388,207 +355,187 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
     def sample() -> Iterator[str]:
         nonlocal chars
         for text in texts:
-            text = text[:TOKENIZER_DOC_CHARS]
-            chars += len(text)
-            bar.update(len(text))
-            yield text
-            if chars >= TOKENIZER_CHARS:
+            if chars < TOKENIZER_CHARS:
+                yield text[:TOKENIZER_DOC_CHARS]
+                chars += len(text[:TOKENIZER_DOC_CHARS])
+                bar.update(chars - bar.n)
+            else:
                 return
 
     bpe = rustbpe.Tokenizer()
     with progress(unit="char", unit_scale=True, desc="tokenizer") as bar:
         bpe.train_from_iterator(sample(), VOCAB_SIZE - 1, pattern=SPLIT_PATTERN)
     ranks = sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])
-    lines = (f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks)
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    lines = [f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks]
     settings = {"pattern": SPLIT_PATTERN, "special_tokens": {BOS: len(ranks)}}
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
     (folder / "tokenizer.json").write_text(json.dumps(settings, indent=1) + "\n")
-    short = "" if len(ranks) == VOCAB_SIZE - 1 else f" (the text is too small for {VOCAB_SIZE})"
-    say(
-        f"Tokenizer: {len(ranks) + 1} tokens{short} from {chars / 1e6:.1f} M characters, {time.time() - started:.0f} s"
-    )
+    short = "" if len(ranks) == VOCAB_SIZE - 1 else f" (too little text for {VOCAB_SIZE})"
+    say(f"Tokenizer: {len(ranks) + 1} tokens{short} from {chars:,} characters, {time.time() - started:.0f} s")
 
 
 def read_ranks(folder: Path) -> dict[bytes, int]:
-    """Read tokenizer.tiktoken: the raw bytes of every token but BOS, in order."""
+    """Read the bytes of every token but BOS, in order."""
     lines = (folder / "tokenizer.tiktoken").read_text().splitlines()
     return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
 
 
 def read_tokenizer(folder: Path) -> tiktoken.Encoding:
     settings = json.loads((folder / "tokenizer.json").read_text())
+    special = settings["special_tokens"]
     return tiktoken.Encoding(
-        name="genesis",
-        pat_str=settings["pattern"],
-        mergeable_ranks=read_ranks(folder),
-        special_tokens=settings["special_tokens"],
+        "genesis", pat_str=settings["pattern"], mergeable_ranks=read_ranks(folder), special_tokens=special
     )
 
 
 def read_token_bytes(folder: Path) -> np.ndarray:
-    """Return the length in bytes of each token, int64 (vocab_size,); BOS, the last, has none."""
+    """Return the length in bytes of each token, int64 (vocab_size,). BOS, the last, has none."""
     return np.array([*map(len, read_ranks(folder)), 0], dtype=np.int64)
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Return BOS and the document's tokens, uint16; a literal `<|bos|>` in the text is text."""
-    pieces = (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+    """Return BOS and the document's tokens, uint16. A literal `<|bos|>` in the text is just text."""
+    pieces = [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
     ids = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-    return np.concatenate([[tokenizer.max_token_value], *ids]).astype("<u2")
+    return np.concatenate([[tokenizer.encode_single_token(BOS)], *ids]).astype("<u2")
 
 
-def write_split(
-    path: Path, texts: Iterable[str], tokenizer: tiktoken.Encoding, bar: tqdm
-) -> tuple[dict, str]:
-    """Tokenize on all cores and write the tokens in order; return the split's counts and a hash of its tokens."""
-    token_bytes = read_token_bytes(path.parent)
-    counts, content = {"documents": 0, "tokens": 0, "bytes": 0}, hashlib.blake2b(digest_size=16)
+def write_split(path: Path, texts: Iterable[str], bar: tqdm) -> tuple[dict, bytes]:
+    """Tokenize on all cores and write the tokens in order; return the split's counts and its tokens' hash."""
+    tokenizer, token_bytes = read_tokenizer(path.parent), read_token_bytes(path.parent)
+    counts, content = np.zeros(3, dtype=np.int64), hashlib.blake2b(digest_size=16)
 
-    def encode_batch(batch: list[str]) -> tuple[np.ndarray, int]:
+    def encode_batch(batch: list[str]) -> tuple[np.ndarray, tuple[int, int, int]]:
         tokens = np.concatenate([encode(tokenizer, text) for text in batch])
         n_bytes = sum(len(text.encode()) for text in batch)
-        assert token_bytes[tokens].sum() == n_bytes, "token lengths must add up to the text's"
-        return tokens, n_bytes
+        assert token_bytes[tokens].sum() == n_bytes, "the tokens' bytes must add up to the text's"
+        return tokens, (len(batch), len(tokens), n_bytes)
 
-    with (
-        ThreadPoolExecutor() as pool,
-        open(path, "wb") as file,
-    ):  # threads: tiktoken works outside Python's lock
-        texts = iter(texts)
-        batches = iter(lambda: list(islice(texts, 64)), [])
-        running = deque((batch, pool.submit(encode_batch, batch)) for batch in islice(batches, 128))
-        while running:  # a bounded queue: the text streams through
-            batch, future = running.popleft()
-            tokens, n_bytes = future.result()
-            running.extend((batch, pool.submit(encode_batch, batch)) for batch in islice(batches, 1))
+    texts = iter(texts)
+    batches = iter(lambda: list(islice(texts, 64)), [])
+    with ThreadPoolExecutor(os.cpu_count()) as pool, open(path, "wb") as file:  # tiktoken frees Python's lock
+        queue = deque(pool.submit(encode_batch, batch) for batch in islice(batches, 128))
+        while queue:
+            tokens, n = queue.popleft().result()
+            queue.extend(pool.submit(encode_batch, batch) for batch in islice(batches, 1))
             file.write(tokens.data)
             content.update(tokens.data)
-            for key, n in (("documents", len(batch)), ("tokens", len(tokens)), ("bytes", n_bytes)):
-                counts[key] += n
-            bar.update(len(batch))
-    return counts, content.hexdigest()
+            counts += n
+            bar.update(n[0])
+    return dict(zip(("documents", "tokens", "bytes"), counts.tolist(), strict=True)), content.digest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prepare: one folder, whole or not at all
+def tokenize(paths: list[Path], folder: Path) -> dict:
+    """Write the tokenizer and the splits of the shards, the last one held out, to `folder`; return their meta."""
+    shards = [pq.ParquetFile(path).metadata for path in paths]
+    text_bytes = sum(shard.row_group(i).total_byte_size for shard in shards for i in range(shard.num_row_groups))
+    check_disk(folder, text_bytes // 2)  # a token stands for about four bytes of text, and takes two
+
+    *train, last = paths
+    held_out = {digest(text) for text in documents([last])}
+    if len(held_out) < 2:
+        raise PrepareError(f"{last} is held out and needs two different documents, one for val, one for test")
+    texts: dict[str, Callable[[], Iterator[str]]] = {  # no document is in two of them
+        "train": lambda: (text for text in documents(train) if digest(text) not in held_out),
+        "val": lambda: alternate(documents([last]), 0),
+        "test": lambda: alternate(documents([last]), 1),
+    }
+    if next(texts["train"](), None) is None:
+        raise PrepareError(f"No document to train on in {paths[0].parent}: all are empty, or in {last.name} too")
+    train_tokenizer(texts["train"](), folder)
+    started, splits, fingerprint = time.time(), {}, hashlib.blake2b(digest_size=8)
+    for name in ("tokenizer.tiktoken", "tokenizer.json"):
+        fingerprint.update((folder / name).read_bytes())
+    with progress(total=sum(shard.num_rows for shard in shards), unit="doc", desc="tokens") as bar:
+        for split in SPLITS:
+            splits[split], content = write_split(folder / f"{split}.bin", texts[split](), bar)
+            fingerprint.update(content)
+    say(f"Tokens: {in_units(text_bytes)} of text, {time.time() - started:.0f} s")
+    n_vocab = len(read_token_bytes(folder))
+    return {"vocab_size": n_vocab, "bos": n_vocab - 1, "splits": splits, "fingerprint": fingerprint.hexdigest()}
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, or yield False where another process holds it. A killed process holds nothing."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(fd)
+# --------------------------------------------------------------------------------------------------
+# Prepare: a folder is whole or counts as empty
 
 
 def prepare(*, data_dir: str | Path | None = None, demo: bool = False, shards: int | None = None) -> Path:
     """
-    Prepare a source where it is not prepared yet, or has changed; return its folder. Raises PrepareError.
-    Without `shards`, FineWeb-Edu is taken as it is prepared, or with SHARDS training shards.
+    Prepare a source unless it is prepared and unchanged; return its folder. Raises PrepareError. Without `shards`,
+    FineWeb-Edu keeps the number of training shards it is prepared with, SHARDS at first.
     """
     folder = source_folder(data_dir=data_dir, demo=demo)
     if data_dir:
         paths = local_shards(data_dir)
+        source = paths[0].parent.name
         inputs = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     elif demo:
-        inputs = [f"Python {sys.version.split()[0]}", DEMO_CHARS, DEMO_HELD_OUT]
+        source, inputs = "demo", [f"Python {sys.version.split()[0]}", DEMO_CHARS, DEMO_HELD_OUT]
     else:
-        shards = shards or prepared_shards(folder) or SHARDS
-        inputs = [shard_name(i) for i in [*range(shards), LAST_SHARD]]
-    recipe = {
-        "inputs": inputs,
-        "tokenizer": [VOCAB_SIZE, BOS, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, PIECE_CHARS],
-    }
-    again = command(data_dir=data_dir, demo=demo, shards=shards)
-    work = None
-    try:
+        shards = shards or len(prepared_recipe(folder).get("inputs", range(SHARDS + 1))) - 1
+        source, inputs = "fineweb-edu", [f"shard_{i:05d}.parquet" for i in [*range(shards), LAST_SHARD]]
+    tokenizer = [VOCAB_SIZE, BOS, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, PIECE_CHARS]
+    recipe = {"inputs": inputs, "tokenizer": tokenizer}
+
+    with errors_explained(folder, command(data_dir=data_dir, demo=demo, shards=shards)):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder) as mine:
+        with lock(folder) as mine:
             for leftover in folder.glob(".tmp-*") if mine else ():
-                shutil.rmtree(leftover)
-            if is_current(folder, recipe):
+                shutil.rmtree(leftover)  # of a call that was killed
+            if prepared_recipe(folder) == recipe:
                 say(f"Nothing to do: {folder} is prepared")
                 return folder
             if not mine:
-                raise PrepareError(f"Another prepare.py is at work in {folder}; wait for it, or stop it")
-            work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
-            if demo:
-                paths = demo_shards(work)
-            elif not data_dir:
-                paths = download(folder / "shards", inputs, again)
-            source = "demo" if demo else Path(data_dir).resolve().name if data_dir else "fineweb-edu"
-            meta = tokenize(paths, work, again) | {"source": source, "recipe": recipe}
-            (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-            publish(work, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PrepareError(
-            f"The disk is full: writing in {folder} failed. What was downloaded is kept. "
-            f"Make room, or set GENESIS_CACHE to another disk, and run again: {again}"
-        ) from None
-    finally:
-        if work:
-            shutil.rmtree(work, ignore_errors=True)
-    for split in SPLITS:
-        say(
-            "{:5} {documents:9,} documents {tokens:13,} tokens {bytes:13,} bytes".format(
-                split, **meta["splits"][split]
-            )
-        )
+                raise PrepareError(f"Another prepare.py is at work in {folder}: let it finish")
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as work:
+                work = Path(work)
+                if demo:
+                    paths = demo_shards(work)
+                elif not data_dir:
+                    paths = download(folder / "shards", inputs)
+                meta = {"format": FORMAT, "source": source, "shards": [path.name for path in paths]}
+                meta |= tokenize(paths, work) | {"recipe": recipe}
+                (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+                publish(work, folder)
+    for split, n in meta["splits"].items():
+        say(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens {n['bytes']:14,} bytes")
     say(f"Ready: {folder}")
     return folder
 
 
-def tokenize(paths: list[Path], folder: Path, again: str) -> dict:
-    """Write the tokenizer and the three splits of the shards `paths`, the last one held out; return their meta."""
-    files = [pq.ParquetFile(path).metadata for path in paths]
-    text_bytes = sum(file.row_group(i).total_byte_size for file in files for i in range(file.num_row_groups))
-    check_disk(folder, text_bytes // 2, again)  # a token stands for four bytes of text and takes two
+@contextmanager
+def errors_explained(folder: Path, again: str) -> Iterator[None]:
+    """End every PrepareError with the command to run next, and make one of a full disk."""
+    try:
+        yield
+    except PrepareError as error:
+        why = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = f"The disk is full, in {folder} ({error.strerror}). Make room, or move GENESIS_CACHE"
+    else:
+        return
+    raise PrepareError(f"{why}\nWhat is finished is kept. Run again to resume: {again}")
 
-    *train, last = paths
-    held_out = {digest(text) for text in documents([last], again)}
-    if len(held_out) < 2:
-        raise PrepareError(
-            f"{last} is the held-out shard and needs two different documents: one for val, one for test"
-        )
-    texts = {
-        "train": lambda: (text for text in documents(train, again) if digest(text) not in held_out),
-        "val": lambda: alternate(documents([last], again), 0),
-        "test": lambda: alternate(documents([last], again), 1),
-    }
-    train_tokenizer(texts["train"](), folder)
-    tokenizer, splits, started = read_tokenizer(folder), {}, time.time()
-    fingerprint = hashlib.blake2b(digest_size=8)
-    for name in ("tokenizer.tiktoken", "tokenizer.json"):
-        fingerprint.update((folder / name).read_bytes())
-    with progress(total=sum(file.num_rows for file in files), unit="doc", desc="tokens") as bar:
-        for split in SPLITS:
-            splits[split], content = write_split(folder / f"{split}.bin", texts[split](), tokenizer, bar)
-            fingerprint.update(content.encode())
-    if not splits["train"]["documents"]:
-        raise PrepareError(
-            f"No document is left to train on in {paths[0].parent}: all are empty, or in {last.name} too"
-        )
-    total = sum(counts["bytes"] for counts in splits.values())
-    say(f"Tokens: {size(total)} of text, {time.time() - started:.0f} s")
-    return {
-        "format": FORMAT,
-        "shards": [path.name for path in paths],
-        "vocab_size": tokenizer.n_vocab,
-        "bos": tokenizer.max_token_value,
-        "splits": splits,
-        "fingerprint": fingerprint.hexdigest(),
-    }
+
+@contextmanager
+def lock(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; False where another process holds it. A process that dies holds nothing."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = True
+    except BlockingIOError:
+        mine = False
+    try:
+        yield mine
+    finally:
+        os.close(fd)
 
 
 def publish(work: Path, folder: Path) -> None:
-    """Move finished files to their place. Without meta.json a folder counts as empty: it goes first and comes last."""
+    """Move the finished files to their place; meta.json, which says that they are there, goes first, comes last."""
     names = ["tokenizer.tiktoken", "tokenizer.json", *(f"{split}.bin" for split in SPLITS), "meta.json"]
     for name in names:
         with open(work / name, "rb") as file:
@@ -598,27 +545,21 @@ def publish(work: Path, folder: Path) -> None:
         os.replace(work / name, folder / name)
 
 
-def is_current(folder: Path, recipe: dict) -> bool:
+def prepared_recipe(folder: Path) -> dict:
+    """Return what the tokens in `folder` were made from and how; {} where there are none."""
     try:
-        return load(folder).meta["recipe"] == recipe
+        return load(folder).meta["recipe"]
     except PrepareError:
-        return False
+        return {}
 
 
-def prepared_shards(folder: Path) -> int | None:
-    try:
-        return len(load(folder).meta["shards"]) - 1
-    except PrepareError:
-        return None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Load
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tokens of one source, memory-mapped."""
+    """The tokens of a source, memory-mapped."""
 
     folder: Path
     meta: dict
@@ -627,104 +568,93 @@ class Dataset:
     test: np.ndarray  # uint16 (tokens,): seen once, for the final report
     token_bytes: np.ndarray  # int64 (vocab_size,): bytes of each token, 0 for BOS
 
-    @property
-    def vocab_size(self) -> int:
-        return self.meta["vocab_size"]
-
-    @property
-    def bos(self) -> int:
-        return self.meta["bos"]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the tokenizer and of all tokens: equal text and equal tokenizer, equal fingerprint."""
-        return self.meta["fingerprint"]
-
-    @property
-    def source(self) -> str:
-        return self.meta["source"]
+    vocab_size = property(lambda self: self.meta["vocab_size"])
+    bos = property(lambda self: self.meta["bos"])
+    source = property(lambda self: self.meta["source"])
+    fingerprint = property(lambda self: self.meta["fingerprint"])  # same tokenizer, same text: same fingerprint
 
     def tokenizer(self) -> tiktoken.Encoding:
         return read_tokenizer(self.folder)
 
 
 def load(folder: str | Path) -> Dataset:
-    """Open a prepared folder. Raises PrepareError where it holds no tokens, or not the ones that meta.json describes."""
+    """Open a prepared folder. Raises PrepareError where it does not hold what its meta.json says."""
     folder = Path(folder)
-    option = {"demo": " --demo", "fineweb-edu": ""}.get(folder.name, " --data-dir DIR")
+    run = "run: uv run prepare.py" + {"demo": " --demo", "fineweb-edu": ""}.get(folder.name, " --data-dir DIR")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["format"] != FORMAT:
-            raise PrepareError(f"The tokens in {folder} have another format; run: uv run prepare.py{option}")
+            raise PrepareError(f"The tokens in {folder} are of another format; {run}")
         token_bytes = read_token_bytes(folder)
-        expected = {f"{split}.bin": 2 * meta["splits"][split]["tokens"] for split in SPLITS}
-        found = {name: (folder / name).stat().st_size for name in expected}
-    except FileNotFoundError:
-        raise PrepareError(f"No tokens in {folder}; run: uv run prepare.py{option}") from None
-    if found != expected or len(token_bytes) != meta["vocab_size"]:
-        raise PrepareError(
-            f"The files in {folder} are not those of its meta.json; run: uv run prepare.py{option}"
-        )
-    # copy on write: PyTorch wants writable memory, and nothing that it writes may reach the file
+        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
+    except (FileNotFoundError, KeyError, ValueError):
+        raise PrepareError(f"No tokens in {folder}; {run}") from None
+    if len(token_bytes) != meta["vocab_size"] or any(
+        sizes[split] != 2 * meta["splits"][split]["tokens"] for split in SPLITS
+    ):
+        raise PrepareError(f"The files in {folder} are not those that its meta.json describes; {run}")
+    # mode c, copy on write: torch wants memory that it could write to, and the file stays as it is
     splits = {split: np.memmap(folder / f"{split}.bin", dtype="<u2", mode="c") for split in SPLITS}
     return Dataset(folder, meta, **splits, token_bytes=token_bytes)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The metric, and the batches: do not change them, results would no longer compare
+# --------------------------------------------------------------------------------------------------
+# Batches and the metric: do not change them, results would no longer compare
 
 
 def to_device(tokens: np.ndarray | torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """Move uint16 tokens to the device, as int16 (few torch ops know uint16; `& 0xFFFF` brings the token back)."""
+    """Move uint16 tokens to the device, as the int16 of the same bits: torch does little with uint16."""
     import torch
 
     if isinstance(tokens, np.ndarray):
         tokens = torch.from_numpy(tokens.view(np.int16))
-    assert tokens.dtype == torch.int16 and tokens.ndim == 1, "tokens: uint16 array or int16 tensor, (tokens,)"
+    assert tokens.dtype == torch.int16 and tokens.ndim == 1, "tokens: uint16 array or int16 tensor (tokens,)"
     return tokens.to(device)
 
 
 def window_count(tokens: np.ndarray | torch.Tensor, seq_len: int, max_tokens: int | None = None) -> int:
-    """Count the non-overlapping windows of seq_len inputs, each with its target, in the first max_tokens targets."""
-    targets = len(tokens) - 1  # the first token is the target of nothing
-    n = min(targets, targets if max_tokens is None else max_tokens) // seq_len
-    if n < 1:
-        limit = "" if max_tokens is None else f" and max_tokens = {max_tokens}"
-        raise ValueError(f"a split of {len(tokens)} tokens{limit} has no window of {seq_len} + 1 tokens")
-    return n
+    """Count the non-overlapping windows of seq_len inputs, each with its target; max_tokens bounds the targets."""
+    targets = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
+    if targets < seq_len:
+        raise ValueError(f"{targets} tokens to predict (max_tokens = {max_tokens}) fill no window of {seq_len}")
+    return targets // seq_len
+
+
+def gather(tokens: torch.Tensor, window: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return idx and targets, the token after each, int64 (rows, seq_len), of the windows numbered (rows,)."""
+    import torch
+
+    place = window[:, None] * seq_len + torch.arange(seq_len + 1, device=window.device)
+    ids = tokens[place].long() & 0xFFFF  # (rows, seq_len + 1); tokens above 32767 are negative as int16
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 class Batches:
     """
-    Training batches, gathered on the device from tokens that live there whole. A seed fixes the order of the windows,
-    the same on every device; after the last window the order starts again.
+    Training batches, gathered on the device from tokens that live there whole. The seed alone orders the windows,
+    alike on every device; after the last window the order starts again.
     """
 
-    def __init__(
-        self, tokens: np.ndarray | torch.Tensor, seq_len: int, seed: int, device: str | torch.device
-    ):
+    def __init__(self, tokens: np.ndarray | torch.Tensor, seq_len: int, seed: int, device: str | torch.device):
         import torch
 
         self.tokens, self.seq_len = to_device(tokens, device), seq_len
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: a GPU's differs
         self.order = torch.randperm(window_count(tokens, seq_len), generator=generator).to(device)
-        self.window = torch.arange(seq_len + 1, device=device)
 
     def __call__(self, first: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Return idx and targets, int64 (rows, seq_len), of `rows` windows from the `first` on (int64, 0-dim, on the
-        device). No sync with the host and no shape that depends on data: a CUDA graph can capture it.
+        Return idx and targets, int64 (rows, seq_len), of the windows `first`, `first + 1`, ... in order. `first` is
+        int64, 0-dim, on the device: nothing here waits for the host, so that a CUDA graph can capture it.
         """
         import torch
 
         place = (first + torch.arange(rows, device=self.order.device)) % len(self.order)
-        start = self.order[place] * self.seq_len
-        window = self.tokens[start[:, None] + self.window].long() & 0xFFFF  # (rows, seq_len + 1)
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        return gather(self.tokens, self.order[place], self.seq_len)
 
 
 def bits_per_byte(
-    token_losses,
+    token_losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     tokens: np.ndarray | torch.Tensor,
     token_bytes: np.ndarray | torch.Tensor,
     *,
@@ -734,70 +664,59 @@ def bits_per_byte(
     max_tokens: int | None = None,
 ) -> float:
     """
-    Score a model: sum of nats / (ln 2 * sum of bytes) over non-overlapping windows of a split; NaN and inf stay so.
-    token_losses(idx, targets), all (rows, seq_len), returns nats; it always gets full batches, the last one padded
-    with windows that do not count. BOS has no bytes: as a target it is out of both sums.
+    Return sum of nats / (ln 2 * sum of bytes) over non-overlapping windows of a split; NaN and inf come through.
+    token_losses(idx, targets) -> nats, all (rows, seq_len): every call has this shape, the last is padded with
+    windows that do not count. Targets without bytes (BOS) are out of both sums.
     """
     import torch
 
-    n = window_count(tokens, seq_len, max_tokens)
-    tokens = to_device(tokens, device)
-    token_bytes = torch.as_tensor(token_bytes, device=device)
-    steps, row = torch.arange(seq_len + 1, device=device), torch.arange(rows, device=device)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros((), dtype=torch.int64, device=device)
+    n_windows, tokens = window_count(tokens, seq_len, max_tokens), to_device(tokens, device)
+    token_bytes, row = torch.as_tensor(token_bytes, device=device), torch.arange(rows, device=device)
+    sum_nats = torch.zeros((), dtype=torch.float64, device=device)
+    sum_bytes = torch.zeros_like(sum_nats)
     with torch.no_grad():
-        for first in range(0, n, rows):
-            start = (first + row).clamp(max=n - 1) * seq_len
-            window = tokens[start[:, None] + steps].long() & 0xFFFF
-            idx, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        for first in range(0, n_windows, rows):
+            window = first + row
+            idx, targets = gather(tokens, window.clamp(max=n_windows - 1), seq_len)
             losses = token_losses(idx, targets)
-            assert losses.shape == targets.shape, (
-                f"{tuple(losses.shape)} losses for {tuple(targets.shape)} targets"
-            )
-            n_bytes = token_bytes[targets] * (first + row < n)[:, None]
-            nats += torch.where(n_bytes > 0, losses.double(), 0.0).sum()
-            total += n_bytes.sum()
-    return (nats / (math.log(2) * total)).item()
+            assert losses.shape == targets.shape, f"losses {tuple(losses.shape)}, not {tuple(targets.shape)}"
+            n_bytes = token_bytes[targets] * (window < n_windows)[:, None]  # 0: padding, or BOS
+            sum_nats += torch.where(n_bytes > 0, losses.double(), 0.0).sum()
+            sum_bytes += n_bytes.sum()
+    return (sum_nats / (math.log(2) * sum_bytes)).item()
 
 
 def uniform_bpb(
-    tokens: np.ndarray,
-    token_bytes: np.ndarray,
-    vocab_size: int,
-    *,
-    seq_len: int,
-    max_tokens: int | None = None,
+    tokens: np.ndarray, token_bytes: np.ndarray, vocab_size: int, *, seq_len: int, max_tokens: int | None = None
 ) -> float:
-    """Return what a model with uniform logits must score over the same windows: log2(vocab_size) * tokens / bytes."""
-    targets = np.asarray(tokens)[1 : 1 + window_count(tokens, seq_len, max_tokens) * seq_len]
-    n_bytes = token_bytes[targets]
-    return math.log2(vocab_size) * int((n_bytes > 0).sum()) / int(n_bytes.sum())
+    """Return the score of uniform logits over the same windows: log2(vocab_size) * tokens / bytes."""
+    n_bytes = token_bytes[tokens[1 : 1 + window_count(tokens, seq_len, max_tokens) * seq_len]]
+    return math.log2(vocab_size) * np.count_nonzero(n_bytes) / int(n_bytes.sum())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--shards", type=int, help=f"training shards of FineWeb-Edu (default {SHARDS})")
+    source.add_argument("--shards", type=int, help=f"training shards of FineWeb-Edu, {SHARDS} at first")
     source.add_argument("--data-dir", metavar="DIR", help="folder of parquet shards with a `text` column")
-    source.add_argument("--demo", action="store_true", help="the Python standard library's own source files")
+    source.add_argument("--demo", action="store_true", help="the Python standard library's source files")
     args = parser.parse_args()
     if args.shards is not None and not 1 <= args.shards <= LAST_SHARD:
         parser.error(f"argument --shards: {args.shards} is not between 1 and {LAST_SHARD}")
     if args.data_dir == "":
-        parser.error("argument --data-dir: it is empty")
+        parser.error("argument --data-dir: the name is empty")
     try:
         prepare(**vars(args))
     except PrepareError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nStopped; run again to resume: {command(**vars(args))}", file=sys.stderr)
+        print(f"\nStopped. Run again to resume: {command(**vars(args))}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,0 +1,1495 @@
+"""evolve.py: train -> score -> record -> select -> breed -> picture.
+
+    uv run evolve.py                     evolve overnight; stop it and start it again as you like
+    uv run evolve.py --demo              two minutes on any machine, no download: the same program on a small scale
+    uv run evolve.py --final             the final now, from what results.tsv holds
+    uv run evolve.py --train best_genome.json --time-budget 120      train one design, and let it write
+
+Reads the tokens that prepare.py wrote (and prepares them first where there are none). Writes results.tsv, one line per
+evaluation; everything else (who survives, best_genome.json, progress.png, where a stopped run goes on) is a function of
+it. Every constant below is also a flag: TIME_BUDGET = 30 is --time-budget 30.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import prepare
+from genome import ENTRANTS, GENOME_TRAITS, MUTATIONS, OPS, WIDTHS, Genome, GenomeError, Model, crossover, mutate
+from genome import random_genome as draw_genome
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The search
+POPULATION_SIZE = 12  # evaluations in a generation: the survivors once more, and children
+SURVIVORS = 3  # genomes that breed the next generation
+MUTATION_RATE = 0.3  # chance of each further mutation after the first, and of one after a crossover
+CROSSOVER_RATE = 0.5  # share of children with two parents
+IMMIGRANTS = 1  # random newcomers among the children of a generation
+MAX_GENERATIONS = 25  # generations until the final; raise it to go on
+STRATEGY = "evolution"  # evolution, random (every child a random genome) or drift (survivors drawn at random)
+SEED = 0  # of everything that is random
+# A trial
+TIME_BUDGET = 30.0  # seconds of training per genome
+TOKEN_BUDGET = 0  # tokens of training per genome in the place of seconds; 0: TIME_BUDGET counts
+MAX_PARAMS = 10_000_000  # parameters of a genome, embedding and head included
+BATCH_TOKENS = 32_768  # tokens per optimizer step
+SEQ_LEN = 2_048  # tokens that a model sees at once
+EVAL_TOKENS = 1_048_576  # tokens of val, and of test, that are scored
+HURDLE = 0.3  # nats per token worse than every survivor after a fifth of the budget: a newcomer ends there; 0: off
+HURDLE_SAMPLE = 0.1  # share of those that run on all the same, to see what the hurdle costs
+# The final
+FINALISTS = 3  # best genomes that meet the best transformer
+FINAL_SEEDS = 5  # times that each is retrained
+FINAL_FACTOR = 2.0  # times the budget of the search
+# The machine
+WORKERS_PER_GPU = 3  # processes that take turns on a GPU: one trains while the others compile what comes next
+DEADLINE = 300  # seconds that building and compiling, or training and scoring beyond twice the budget, may take
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONSTANTS = {
+    name: value for name, value in globals().items() if name.isupper() and isinstance(value, int | float | str)
+}
+DEMO = dict(  # the same program on a small scale: what --demo sets
+    population_size=4,
+    survivors=2,
+    immigrants=0,
+    max_generations=5,
+    time_budget=4.0,
+    batch_tokens=512,
+    seq_len=128,
+    eval_tokens=16_384,
+    max_params=5_000_000,
+    finalists=1,
+    final_seeds=2,
+    final_factor=1.0,
+    workers_per_gpu=1,
+)
+NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "final_factor", "workers_per_gpu", "deadline")
+Settings = dataclasses.make_dataclass(
+    "Settings",
+    [(name.lower(), type(value), field(default=value)) for name, value in CONSTANTS.items()],
+    frozen=True,
+    namespace={"__module__": __name__, "__doc__": "The constants above, in lower case."},
+)
+
+MUON_LR, MUON_MOMENTUM = 0.02, 0.95
+EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
+ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
+CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
+
+
+class Stop(Exception):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def read_settings(args: argparse.Namespace) -> "Settings":
+    """Settings from flags, --demo and constants, in that order. Raises Stop naming a constant that is impossible."""
+    given = {name.lower(): getattr(args, name.lower()) for name in CONSTANTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(**{**(DEMO if args.demo else {}), **given})
+    for name in (
+        "population_size",
+        "survivors",
+        "batch_tokens",
+        "seq_len",
+        "eval_tokens",
+        "max_params",
+        "finalists",
+        "workers_per_gpu",
+        "deadline",
+    ):
+        if getattr(settings, name) < 1:
+            raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be at least 1")
+    for name in ("immigrants", "max_generations", "token_budget", "hurdle", "seed"):
+        if not getattr(settings, name) >= 0:
+            raise Stop(f"{name.upper()} = {getattr(settings, name)}: cannot be negative")
+    for name in ("mutation_rate", "crossover_rate", "hurdle_sample"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise Stop(f"{name.upper()} = {getattr(settings, name)}: is a share, from 0 to 1")
+    for name in ("time_budget", "final_factor"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be above 0")
+    if settings.final_seeds < 2:
+        raise Stop(f"FINAL_SEEDS = {settings.final_seeds}: an interval needs at least 2")
+    if settings.survivors + settings.immigrants >= settings.population_size:
+        raise Stop("SURVIVORS + IMMIGRANTS have to be less than POPULATION_SIZE, or no child is ever bred")
+    if settings.batch_tokens % settings.seq_len:
+        raise Stop(f"BATCH_TOKENS = {settings.batch_tokens}: has to be a multiple of SEQ_LEN = {settings.seq_len}")
+    if settings.strategy not in ("evolution", "random", "drift"):
+        raise Stop(f"STRATEGY = {settings.strategy}: is evolution, random or drift")
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A task is all that an evaluation depends on, a result is its line in results.tsv.
+
+
+@dataclass(frozen=True)
+class Task:
+    id: str  # of the genome: g3.05 is the fifth of generation 3
+    generation: int  # -1 for the designs made by hand, MAX_GENERATIONS for the final
+    parents: tuple[str, ...]
+    operator: str  # what made the genome: random, crossover, a mutation; or again, entrant, final
+    genome: Genome
+    seed: int  # of initialisation and of the order of batches
+    hurdle: float | None = None  # nats per token after a fifth of the budget
+    spared: bool = False  # runs on when it misses the hurdle
+    final: bool = False  # scored on test as well
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation. status: ok, nan (diverged), oom, leak (sees the future), dead (the input does not reach the
+    output), stopped (at the hurdle), timeout, crash. Only ok has a score."""
+
+    generation: int
+    id: str
+    parents: str
+    operator: str
+    seed: int
+    status: str
+    val_bpb: float | None = None  # bits per byte on val
+    test_bpb: float | None = None  # bits per byte on test, read by the final alone
+    params: int = 0
+    tokens: int = 0  # trained on
+    tokens_per_s: float = 0.0
+    memory_mb: int = 0  # peak on the device
+    held_mb: int = 0  # on the device before the evaluation
+    seconds: float = 0.0  # of training
+    outside: float = 0.0  # seconds on the device beside training: warm-up, capture, scoring
+    finished: str = ""  # when, UTC
+    hurdle: str = ""  # passed, stopped, spared (missed it and ran on); empty where there was none
+    losses: str = ""  # nats per token, mean over each tenth of the budget
+    note: str = ""
+    key: str = ""  # of the network
+    summary: str = ""
+    genome: str = ""  # JSON
+
+    @property
+    def curve(self) -> list[float]:
+        return [float(loss) for loss in self.losses.split(",")] if self.losses else []
+
+    @property
+    def is_search(self) -> bool:
+        return self.operator not in ("entrant", "final")
+
+
+def result_of(task: Task, status: str, **values) -> Result:
+    """The result of a task, with what is known before it is trained."""
+    return Result(
+        generation=task.generation,
+        id=task.id,
+        parents=",".join(task.parents),
+        operator=task.operator,
+        seed=task.seed,
+        status=status,
+        key=task.genome.key,
+        summary=task.genome.summary,
+        genome=task.genome.to_json(),
+        finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
+        **values,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer: Muon for matrices, AdamW for embedding, head and vectors. Works inside a CUDA graph.
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices, roughly: 5 Newton-Schulz steps on (N, rows, cols), rows <= cols.
+
+    Jordan et al. 2024, Muon: https://kellerjordan.github.io/posts/muon/
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = matrices.to(dtype)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+class MuonGroup:
+    """Matrices of one shape, updated as one stack. Wide ones lie as they are, tall ones transposed."""
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float):
+        self.params = params
+        self.views = [m for p in params for m in self.matrices(p.detach())]
+        tall = [m.size(0) / m.size(1) for p in params for m in p.detach().view(-1, *p.shape[-2:])]
+        tall = torch.tensor(tall, device=params[0].device).clamp(min=1).sqrt()
+        self.step_size = (-lr * tall).view(-1, 1, 1)
+        self.momentum = torch.zeros(len(self.views), *self.views[0].shape, device=params[0].device)
+
+    @staticmethod
+    def matrices(p: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the (rows <= cols) matrices in a (..., out, in) parameter."""
+        return [m if m.size(0) <= m.size(1) else m.T for m in p.view(-1, *p.shape[-2:])]
+
+    def step(self, schedule: torch.Tensor, dtype: torch.dtype):
+        grads = torch.stack([m for p in self.params for m in self.matrices(p.grad)])
+        self.momentum.lerp_(grads, 1 - MUON_MOMENTUM)
+        update = orthogonalize(grads.lerp_(self.momentum, MUON_MOMENTUM), dtype)  # Nesterov
+        update = update * (self.step_size * schedule)
+        torch._foreach_add_(self.views, list(update.unbind(0)))
+
+
+class Optimizer:
+    """Muon and AdamW over a Model, every learning rate times lr_factor and times `schedule`, a tensor on the device."""
+
+    def __init__(self, model: Model, lr_factor: float):
+        device = next(model.parameters()).device
+        self.schedule = torch.zeros((), device=device)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        shapes, vectors = collections.defaultdict(list), []
+        for name, p in model.blocks.named_parameters():
+            if name.endswith("weight") and p.dim() >= 2:
+                shapes[tuple(sorted(p.shape[-2:]))].append(p)
+            else:
+                vectors.append(p)
+        if model.leave.project is not None:
+            shapes[tuple(sorted(model.leave.project.weight.shape))].append(model.leave.project.weight)
+        self.muon = [MuonGroup(params, MUON_LR * lr_factor) for params in shapes.values()]
+        groups = [([model.enter.embedding], EMBED_LR * (768 / model.enter.embedding.size(1)) ** 0.5)]
+        if model.leave.head is not None:
+            groups.append(([model.leave.head], HEAD_LR * (768 / model.leave.head.size(1)) ** 0.5))
+        if vectors:
+            groups.append((vectors, VECTOR_LR))
+        self.adamw = torch.optim.AdamW(
+            [dict(params=params, lr=torch.zeros((), device=device), base=lr * lr_factor) for params, lr in groups],
+            betas=ADAM_BETAS,
+            eps=ADAM_EPS,
+            weight_decay=0.0,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+
+    @torch.no_grad()
+    def step(self):
+        """Update from .grad, and drop the gradients."""
+        for group in self.muon:
+            group.step(self.schedule, self.dtype)
+        for group in self.adamw.param_groups:
+            torch.mul(self.schedule, group["base"], out=group["lr"])
+        self.adamw.step()
+        for p in itertools.chain(*(g.params for g in self.muon), *(g["params"] for g in self.adamw.param_groups)):
+            p.grad = None
+
+    def reset(self):
+        """Forget everything but the weights."""
+        for group in self.muon:
+            group.momentum.zero_()
+        for state in self.adamw.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
+
+def schedule_at(fraction: float) -> float:
+    """The learning rate after this share of the budget: constant, then linear to zero over the last half."""
+    return min(1.0, 2 * (1 - fraction))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiling. Each gene is compiled by itself, by what it is made of, so genes that were seen before cost nothing. While
+# another process trains, nothing may run on the GPU: then `compile_only` stops each function once it is compiled.
+
+COMPILED: dict[tuple, Callable | str] = {}  # what a part is made of: its compiled function, or why there is none
+compile_only = False
+
+
+class OnlyCompiled(Exception):
+    """Raised in the place of running what was just compiled."""
+
+
+def inductor(graph, inputs):
+    """torch.compile's own backend, forward and backward at once, but with a stop before it runs."""
+    from torch._inductor.compile_fx import compile_fx
+
+    run = compile_fx(graph, inputs)
+
+    def run_unless_compile_only(*args):
+        if compile_only:
+            raise OnlyCompiled
+        return run(*args)
+
+    return run_unless_compile_only
+
+
+def call(part, *args):
+    return type(part).forward(part, *args)
+
+
+def compile_part(part: torch.nn.Module, key: tuple, inputs: list) -> str:
+    """Let part.forward run compiled; returns why it cannot, or an empty string. Nothing runs on the device."""
+    global compile_only
+    if key not in COMPILED:
+        # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
+        function = types.FunctionType(call.__code__.replace(co_name="_".join(map(str, key[:1]))), globals())
+        COMPILED[key] = torch.compile(function, backend=inductor, dynamic=False)
+        compile_only = True
+        try:
+            COMPILED[key](part, *inputs)
+        except OnlyCompiled:
+            pass
+        except Exception as error:  # whatever the compiler says of an op: the op still trains, slower
+            COMPILED[key] = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            compile_only = False
+    function = COMPILED[key]
+    if isinstance(function, str):
+        return function
+    part.forward = lambda *args: function(part, *args)
+    return ""
+
+
+def compile_model(model: Model, rows: int, seq_len: int) -> str:
+    """Compile every part of a model for batches of (rows, seq_len); returns which parts run eagerly, for the record."""
+    genome, device = model.genome, model.enter.embedding.device
+    vocab_size, embed_dim = model.enter.embedding.shape
+    idx = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+
+    def stream(width):  # memory alone, its values are never read
+        return torch.empty(rows, seq_len, width, dtype=model.enter.dtype, device=device, requires_grad=True)
+
+    eager = []
+    shape = (rows, seq_len, vocab_size)
+    compile_part(model.enter, ("enter", embed_dim, *shape), [idx])
+    for node, block in zip(genome.network, model.blocks, strict=True):
+        if not OPS[node.gene.op].compiles:
+            eager.append(node.gene.op)
+            continue
+        inputs = [stream(node.d_in), None if node.skip is None else stream(node.d_skip)]
+        reason = compile_part(block, (node.gene.op, node.gene.bare, node.d_in, node.d_skip, *shape), inputs)
+        if reason:
+            eager.append(f"{node.gene.op} ({reason})")
+    embedding = model.enter.embedding if genome.tied else None
+    key = ("leave", genome.d_out, genome.tied and embed_dim, *shape)
+    compile_part(model.leave, key, [stream(genome.d_out), embedding, idx])
+    return "eager: " + ", ".join(sorted(set(eager))) if eager else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A trial: one genome, trained for its budget and scored.
+
+
+def check_network(genome: Genome, seed: int) -> str:
+    """ "leak" where a later token or another row of the batch changes what a model puts out, "dead" where no token does.
+
+    Runs the network with a small vocabulary on the CPU, where causality holds to the bit, with noise on every weight
+    so that nothing hides behind a zero.
+    """
+    torch.manual_seed(seed)
+    vocab_size, T = 64, 150
+    model = Model(genome, vocab_size)
+    idx = torch.randint(vocab_size, (2, T))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        before = model(idx)
+        for t in (1, 64, 100, T - 1):
+            changed = idx.clone()
+            changed[0, t:] = (changed[0, t:] + 1 + torch.randint(vocab_size - 1, (T - t,))) % vocab_size
+            after = model(changed)
+            if not torch.equal(before[0, :t], after[0, :t]) or not torch.equal(before[1], after[1]):
+                return "leak" if before.isfinite().all() else "nan"
+            if t == 1 and torch.equal(before[0, t:], after[0, t:]):
+                return "dead"
+    return ""
+
+
+class DeviceData:
+    """The tokens of a data set on a device, moved there once per process."""
+
+    def __init__(self, data: prepare.Dataset, device: torch.device):
+        self.device, self.vocab_size = device, data.vocab_size
+        self.train, self.val, self.test = (prepare.to_device(t, device) for t in (data.train, data.val, data.test))
+        self.token_bytes = data.token_bytes
+
+
+class Trial:
+    """A genome built and compiled, ready to train on a device with `rows` windows at a time. No GPU work is done yet."""
+
+    def __init__(self, task: Task, data: DeviceData, settings: "Settings", rows: int):
+        self.task, self.data, self.settings, self.rows = task, data, settings, rows
+        self.micro_steps = settings.batch_tokens // settings.seq_len // rows
+        self.on_gpu = data.device.type == "cuda"
+        torch.manual_seed(task.seed)  # on the CPU, so that every machine begins with the same weights
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.model = Model(task.genome, data.vocab_size, dtype).to(data.device)
+        self.batches = prepare.Batches(data.train, settings.seq_len, task.seed, data.device)
+        self.optimizer = Optimizer(self.model, task.genome.lr_factor)
+        self.window = torch.zeros((), dtype=torch.int64, device=data.device)  # the first of the next batch
+        self.loss = torch.zeros((), device=data.device)  # of the last step, nats per token
+        self.note = compile_model(self.model, rows, settings.seq_len) if self.on_gpu else ""
+
+    def token_losses(self, idx, targets):
+        return self.model(idx, targets, reduction="none")  # (rows, T) nats
+
+    def step(self):
+        """One optimizer step over BATCH_TOKENS tokens; no synchronisation, so that it can be captured."""
+        self.loss.zero_()
+        for _ in range(self.micro_steps):
+            loss = self.token_losses(*self.batches(self.window, self.rows)).mean() / self.micro_steps
+            loss.backward()
+            self.loss += loss.detach()
+            self.window += self.rows
+        self.optimizer.step()
+
+    def capture(self) -> Callable[[], None]:
+        """The step as one CUDA graph, or as it is where it cannot be captured. Leaves the model as it was."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()  # the schedule is zero, so no weight moves
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        step = graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                self.step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            for p in self.model.parameters():
+                p.grad = None
+            step, self.note = self.step, f"{self.note} not captured: {str(error).splitlines()[0]}".strip()
+        self.optimizer.reset()
+        self.window.zero_()
+        return step
+
+    def train(self, step: Callable[[], None]) -> dict:
+        """Train for the budget. The clock covers this alone, and stops at most one step late."""
+        s, task = self.settings, self.task
+        factor = s.final_factor if task.final else 1.0
+        seconds, tokens = s.time_budget * factor, s.token_budget * factor
+        diverged = math.log(self.data.vocab_size) + 1
+        losses: list[list[float]] = [[] for _ in range(CURVE)]
+        recent: collections.deque = collections.deque(maxlen=50)
+        host = torch.zeros(2, pin_memory=self.on_gpu)
+        ends = [torch.cuda.Event(), torch.cuda.Event()] if self.on_gpu else None
+        flying: collections.deque = collections.deque()  # the tenth of the budget that each unfinished step belongs to
+        status, hurdle, done, pace, done_at = "ok", "", 0, 0.0, 0.0
+        self.synchronize()
+        start = time.perf_counter()
+        while status == "ok":
+            launched = done + len(flying)
+            begins = done_at + pace * len(flying)  # when this step will begin on the device
+            fraction = launched * s.batch_tokens / tokens if tokens else begins / seconds
+            if fraction < 1:
+                self.optimizer.schedule.fill_(schedule_at(fraction))
+                step()
+                host[launched % 2].copy_(self.loss, non_blocking=True)
+                if self.on_gpu:
+                    ends[launched % 2].record()
+                flying.append(int(fraction * CURVE))
+            elif not flying:
+                break
+            if len(flying) == 1 and self.on_gpu and fraction < 1:
+                continue  # the next step is launched before this one is waited for
+            if self.on_gpu:
+                ends[done % 2].synchronize()
+            now = time.perf_counter() - start
+            pace, done_at = now - done_at, now
+            loss = host[done % 2].item()
+            tenth, done = flying.popleft(), done + 1
+            losses[tenth].append(loss)
+            recent.append(loss)
+            if not math.isfinite(loss) or (len(recent) == 50 and statistics.fmean(recent) > diverged):
+                status = "nan"
+            if not hurdle and task.hurdle is not None and tenth >= 2 and losses[1]:
+                missed = statistics.fmean(losses[1]) > task.hurdle
+                hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
+                status = "stopped" if hurdle == "stopped" else status
+        self.synchronize()
+        elapsed = time.perf_counter() - start
+        curve = ",".join(f"{statistics.fmean(tenth):.4f}" if tenth else "nan" for tenth in losses)
+        trained = (done + len(flying)) * s.batch_tokens
+        return dict(
+            status=status,
+            hurdle=hurdle,
+            losses=curve,
+            seconds=round(elapsed, 3),
+            tokens=trained,
+            tokens_per_s=round(trained / elapsed),
+        )
+
+    def synchronize(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def score(self, tokens) -> float:
+        """Bits per byte on a split."""
+
+        def token_losses(idx, targets):
+            with torch.set_grad_enabled(self.on_gpu):  # there the forward that was compiled for training serves
+                return self.token_losses(idx, targets).detach()
+
+        s = self.settings
+        sizes = dict(seq_len=s.seq_len, rows=self.rows, device=self.data.device, max_tokens=s.eval_tokens)
+        return prepare.bits_per_byte(token_losses, tokens, self.data.token_bytes, **sizes)
+
+    def run(self) -> dict:
+        """Train and score; the values of the result."""
+        entered = time.perf_counter()
+        values = dict(params=sum(p.numel() for p in self.model.parameters()))
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        values |= self.train(self.capture() if self.on_gpu else self.step)
+        if values["status"] == "ok":
+            values["val_bpb"] = self.score(self.data.val)
+            if not math.isfinite(values["val_bpb"]):
+                values |= dict(status="nan", val_bpb=None)
+            elif self.task.final:
+                values["test_bpb"] = self.score(self.data.test)
+        if self.on_gpu:
+            values["memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
+        return values | dict(note=self.note, outside=round(time.perf_counter() - entered - values["seconds"], 3))
+
+
+def evaluate(
+    task: Task, data: DeviceData, settings: "Settings", wait_for_turn: Callable[[], None] = lambda: None
+) -> Result:
+    """Train and score one genome: a pure function of its arguments, but for time.
+
+    Calls wait_for_turn once it is built and compiled, before it uses the device. Out of memory halves the rows that
+    are treated at once (the tokens of a step stay), down to one, and then becomes the status oom.
+    """
+    on_gpu = data.device.type == "cuda"
+    held = torch.cuda.memory_allocated() // 2**20 if on_gpu else 0
+    problem = check_network(task.genome, task.seed)
+    if problem:
+        wait_for_turn()
+        return result_of(task, problem)
+    rows, turn, note = settings.batch_tokens // settings.seq_len, False, ""
+    while True:
+        trial = None
+        try:
+            trial = Trial(task, data, settings, rows)
+            if not turn:
+                wait_for_turn()
+                turn = True
+            values = trial.run()
+            return result_of(task, **{**values, "held_mb": held, "note": f"{note} {values['note']}".strip()})
+        except torch.OutOfMemoryError as error:
+            if not turn:
+                wait_for_turn()
+                turn = True
+            if rows == 1:
+                return result_of(task, "oom", held_mb=held, note=str(error).splitlines()[0][:200])
+        finally:
+            del trial
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+        rows = next(r for r in range(rows // 2, 0, -1) if rows % r == 0)
+        note = f"{rows} rows at once"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers: processes that evaluate, and are replaced when they die or hang.
+
+
+def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
+    """Evaluate tasks that come through the pipe: send "ready" when compiled, train when told to, send the result."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    if device != "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        torch.cuda.set_device(device)
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+    torch.set_float32_matmul_precision("high")
+    data = DeviceData(prepare.load(folder), torch.device(device))
+    pipe.send("idle")
+    while True:
+        task = pipe.recv()
+
+        def wait_for_turn():
+            pipe.send("ready")
+            pipe.recv()
+
+        try:
+            pipe.send(EVALUATE(task, data, settings, wait_for_turn))
+        except Exception:  # a result too: it is recorded, printed, and the process replaced
+            trace = traceback.format_exc()
+            pipe.send((result_of(task, "crash", note=trace.strip().splitlines()[-1][:200]), trace))
+            return
+
+
+EVALUATE = evaluate  # what a worker calls; the tests put others here
+
+
+@dataclass
+class Worker:
+    process: multiprocessing.Process
+    pipe: multiprocessing.connection.Connection
+    device: str
+    state: str = "starting"  # starting, idle, preparing, ready, training
+    task: Task | None = None
+    since: float = field(default_factory=time.monotonic)
+
+    def become(self, state: str):
+        self.state, self.since = state, time.monotonic()
+
+
+class Pool:
+    """Workers on every device. run(tasks) yields a result for each task, in the order in which they finish."""
+
+    def __init__(self, folder: Path, settings: "Settings"):
+        gpus = torch.cuda.device_count()
+        self.devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
+        self.per_device = settings.workers_per_gpu if gpus else 1
+        self.folder, self.settings = folder, settings
+        self.context = multiprocessing.get_context(START_METHOD)
+        self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
+
+    def start(self, device: str) -> Worker:
+        ours, theirs = self.context.Pipe()
+        workers = self.per_device * len(self.devices)
+        args = (theirs, device, self.folder, self.settings, workers)
+        process = self.context.Process(target=worker, args=args, daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(process, ours, device)
+
+    def stop(self):
+        for w in self.workers:
+            w.process.kill()
+        for w in self.workers:
+            w.process.join()
+
+    def limit(self, w: Worker) -> float:
+        """Seconds that a worker may stay in its state."""
+        s = self.settings
+        if w.state in ("idle", "ready"):
+            return math.inf
+        if w.state == "training" and not s.token_budget:
+            return s.deadline + 2 * s.time_budget * (s.final_factor if w.task.final else 1)
+        return s.deadline
+
+    def replace(self, w: Worker, status: str, note: str) -> Result:
+        """Kill a worker, start another, and turn what it was doing into a result."""
+        w.process.kill()
+        w.process.join()
+        if w.state == "starting":
+            self.stop()
+            raise Stop(f"A worker on {w.device} could not start ({note}); what it printed stands above")
+        self.workers[self.workers.index(w)] = self.start(w.device)
+        return result_of(w.task, status, note=note)
+
+    def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
+        queue, expected = collections.deque(tasks), len(tasks)
+        while expected:
+            for w in self.workers:
+                if w.state == "idle" and queue:
+                    w.task = queue.popleft()
+                    w.become("preparing")
+                    with contextlib.suppress(OSError):  # a dead worker is found below
+                        w.pipe.send(w.task)
+            for device in self.devices:
+                here = [w for w in self.workers if w.device == device]
+                ready = [w for w in here if w.state == "ready"]
+                if ready and not any(w.state == "training" for w in here):
+                    first = min(ready, key=lambda w: tasks.index(w.task))
+                    first.become("training")
+                    with contextlib.suppress(OSError):
+                        first.pipe.send("go")
+            readable = multiprocessing.connection.wait([w.pipe for w in self.workers], timeout=0.5)
+            tick()
+            for w in list(self.workers):
+                result = None
+                if w.pipe in readable:
+                    try:
+                        message = w.pipe.recv()
+                    except (EOFError, OSError):
+                        w.process.join(5)
+                        result = self.replace(w, "crash", f"the worker ended with exit code {w.process.exitcode}")
+                    else:
+                        if isinstance(message, str):
+                            w.become(message)
+                        elif isinstance(message, Result):
+                            result = message
+                            w.become("idle")
+                        else:
+                            result, trace = message
+                            tqdm.write(trace, file=sys.stderr)
+                            self.replace(w, "crash", "")
+                elif time.monotonic() - w.since > self.limit(w):
+                    result = self.replace(w, "timeout", f"{w.state} took over {self.limit(w):.0f} s")
+                if result is not None:
+                    expected -= 1
+                    yield result
+
+
+START_METHOD = "spawn"  # of workers: a fresh process has no state of its parent's
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record: results.tsv. The first line says what run it is, the second names the columns, then a line per evaluation.
+
+COLUMNS = [f.name for f in dataclasses.fields(Result)]
+TYPES = {f.name: f.type for f in dataclasses.fields(Result)}
+
+
+def to_line(result: Result) -> str:
+    values = (getattr(result, name) for name in COLUMNS)
+    texts = ("" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values)
+    return "\t".join(re.sub(r"[\t\r\n]+", " ", text) for text in texts) + "\n"
+
+
+def from_line(line: str) -> Result:
+    values = dict(zip(COLUMNS, line.rstrip("\n").split("\t"), strict=True))
+    for name, text in values.items():
+        kind = TYPES[name]
+        if kind is not str:
+            values[name] = None if text == "" else int(text) if kind is int else float(text)
+    return Result(**values)
+
+
+class Record:
+    """The results.tsv of a folder, locked while it is open. Raises Stop where it cannot be read, written or locked."""
+
+    def __init__(self, out: Path):
+        self.path, self.rows, self.run = out / "results.tsv", [], None
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(out, os.O_RDONLY)
+        except OSError as error:
+            raise Stop(f"Cannot use {out}: {error.strerror}; name another folder with --out") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Stop(f"Another run is at work in {out.resolve()}; wait for it, or use --out DIR") from None
+        self.read()
+
+    def read(self):
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # a line torn by a crash or a full disk has no end
+        lines = whole.splitlines()
+        if len(lines) < 2:
+            if whole != text or not text:  # torn before the first result
+                return
+            raise Stop(f"{self.path} is not a results.tsv of this program; move it away, or use --out DIR")
+        try:
+            self.run = json.loads(lines[0].removeprefix("# "))
+            if lines[1].split("\t") != COLUMNS:
+                raise ValueError("other columns")
+            self.rows = [from_line(line) for line in lines[2:]]
+        except (ValueError, TypeError) as error:
+            raise Stop(f"{self.path} cannot be read ({error}); move it away, or use --out DIR") from None
+        if whole != text:
+            os.truncate(self.path, len(whole.encode()))
+
+    def begin(self, run: dict):
+        """Start a new results.tsv."""
+        self.run, self.rows = run, []
+        header = f"# {json.dumps(run)}\n" + "\t".join(COLUMNS) + "\n"
+        write_whole(self.path, header)
+
+    def append(self, result: Result):
+        """Add one line, at once and whole."""
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(to_line(result).encode())
+                os.fsync(file.fileno())
+        except OSError as error:
+            os.truncate(self.path, size)
+            raise Stop(
+                f"Cannot write {self.path}: {error.strerror}. What it holds is intact; run again to go on"
+            ) from None
+        self.rows.append(from_line(to_line(result)))
+
+    def move_away(self) -> Path:
+        """Move a run and what belongs to it to runs/NAME; nothing is overwritten."""
+        name = datetime.datetime.fromtimestamp(self.path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+        folder = next(
+            f for n in itertools.count() if not (f := self.path.parent / "runs" / f"{name}{f'-{n}' * (n > 0)}").exists()
+        )
+        folder.mkdir(parents=True)
+        for file in ("best_genome.json", "progress.png", "results.tsv"):  # the record last: it is what makes it a run
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path.parent / file, folder / file)
+        self.rows, self.run = [], None
+        return folder
+
+
+def write_whole(path: Path, content: str | bytes):
+    """Write a file so that it appears whole or not at all."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise Stop(f"Cannot write {path}: {error.strerror}. results.tsv is intact; run again to go on") from None
+
+
+def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
+    """What makes two runs the same one: constants, data, device and search space."""
+    space = json.dumps([{name: op.traits for name, op in OPS.items()}, WIDTHS, GENOME_TRAITS, sorted(MUTATIONS)])
+    own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_OF_A_RUN}
+    return {
+        **own,
+        "data": data.source,
+        "fingerprint": data.fingerprint,
+        "device": device,
+        "space": hashlib.sha256(space.encode()).hexdigest()[:12],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Selection and breeding: functions of the record and of a random.Random of their own.
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A genome that was scored, with every score it got in the search."""
+
+    id: str
+    genome: Genome
+    scores: tuple[float, ...]
+    curve: tuple[float, ...]  # the mean of its loss curves
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores)
+
+
+def candidates(rows: list[Result]) -> list[Candidate]:
+    """Every genome that was scored, best first. Lower val_bpb is better: this is the one place that says so."""
+    by_id = collections.defaultdict(list)
+    for row in rows:
+        if row.status == "ok":
+            by_id[row.id].append(row)
+    found = [
+        Candidate(
+            name,
+            Genome.from_json(group[0].genome),
+            tuple(row.val_bpb for row in group),
+            tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in group), strict=True)),
+        )
+        for name, group in by_id.items()
+    ]
+    return sorted(found, key=lambda c: (c.mean, c.id))
+
+
+def searched(rows: list[Result]) -> list[Candidate]:
+    return candidates([row for row in rows if row.is_search])
+
+
+def noise_floor(rows: list[Result]) -> float | None:
+    """Pooled standard deviation between evaluations of one genome, in bits per byte; None before there are two."""
+    groups = [c.scores for c in searched(rows) if len(c.scores) > 1]
+    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups)
+    return math.sqrt(squares / sum(len(g) - 1 for g in groups)) if groups else None
+
+
+def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list[Candidate]:
+    """The survivors: the best by mean of their evaluations; under drift any, for comparison."""
+    found = searched(rows)
+    if settings.strategy == "drift":
+        return rng.sample(found, min(settings.survivors, len(found)))
+    return found[: settings.survivors]
+
+
+@dataclass
+class Generation:
+    tasks: list[Task]
+    refused: int = 0  # genomes bred and turned away: too large, mixing no tokens, or trained before
+    bred: int = 0
+
+
+def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size: int) -> Generation:
+    """The evaluations of a generation, from what came before it: survivors once more with a new seed, then newcomers."""
+    rng = random.Random(f"{settings.seed}/{generation}")
+    earlier = [row for row in rows if row.generation < generation and row.is_search]
+    survivors = select(earlier, settings, rng)
+    seed = settings.seed * 1000 + generation
+    hurdle = None
+    if settings.hurdle and survivors:
+        hurdle = max(c.curve[1] for c in survivors) + settings.hurdle
+    born = Generation([Task(c.id, generation, (), "again", c.genome, seed) for c in survivors])
+    seen = {row.key for row in earlier}
+    newcomers = settings.population_size - len(survivors)
+    for n in range(newcomers):
+        while True:
+            parents: list[Candidate] = []
+            if settings.strategy == "random" or not survivors or n >= newcomers - settings.immigrants:
+                genome, operator = draw_genome(rng), "random"
+            elif len(survivors) > 1 and rng.random() < settings.crossover_rate:
+                parents = rng.sample(survivors, 2)
+                genome, operator = crossover(parents[0].genome, parents[1].genome, rng)
+                if rng.random() < settings.mutation_rate:
+                    genome, mutation = mutate(genome, rng, 0.0)
+                    operator = f"{operator}+{mutation}"
+            else:
+                parents = [rng.choice(survivors)]
+                genome, operator = mutate(parents[0].genome, rng, settings.mutation_rate)
+            born.bred += 1
+            small = genome.num_params(vocab_size) <= settings.max_params
+            if small and genome.mixes_tokens and genome.key not in seen:
+                break
+            born.refused += 1
+            if born.refused > 100_000:
+                raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
+        seen.add(genome.key)
+        spared = rng.random() < settings.hurdle_sample
+        task = Task(f"g{generation}.{n + 1:02d}", generation, tuple(p.id for p in parents), operator, genome, seed)
+        born.tasks.append(dataclasses.replace(task, hurdle=hurdle, spared=spared))
+    return born
+
+
+def entrant_tasks(settings: "Settings", vocab_size: int) -> list[Task]:
+    """The designs made by hand that are small enough; they meet the same batches as generation 0."""
+    return [
+        Task(name, -1, (), "entrant", genome, settings.seed * 1000)
+        for name, genome in ENTRANTS.items()
+        if genome.num_params(vocab_size) <= settings.max_params
+    ]
+
+
+def best_transformer(rows: list[Result]) -> Candidate | None:
+    entrants = candidates([row for row in rows if row.operator == "entrant"])
+    return next((c for c in entrants if c.id.startswith("transformer")), None)
+
+
+def final_tasks(rows: list[Result], settings: "Settings") -> list[Task]:
+    """The best genomes and the best transformer, each with the same fresh seeds."""
+    finalists = searched(rows)[: settings.finalists]
+    rival = best_transformer(rows)
+    return [
+        Task(c.id, settings.max_generations, (), "final", c.genome, settings.seed * 1000 + 500 + n, final=True)
+        for n in range(settings.final_seeds)
+        for c in [*finalists, *([rival] if rival else [])]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The final's arithmetic.
+
+T_95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval (Student 1908)."""
+
+    mean: float
+    half: float  # half the width of the interval; infinite for one value
+    values: tuple[float, ...]
+
+    def __str__(self):
+        return f"{self.mean:.4f} ± {self.half:.4f}"
+
+
+def estimate(values) -> Estimate:
+    values = tuple(values)
+    if len(values) < 2:
+        return Estimate(values[0], math.inf, values)
+    t = T_95[len(values) - 2] if len(values) <= 31 else 1.96 + 2.4 / (len(values) - 1)
+    return Estimate(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)), values)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    id: str
+    genome: Genome
+    test: Estimate
+    val: Estimate
+    search: float  # mean val_bpb in the search, which chose it: compare with val for the winner's curse
+    lead: Estimate | None  # test_bpb of the best transformer minus its own, seed by seed
+    failed: int  # evaluations of the final that were not ok
+
+
+def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
+    """Everyone in the final, best on test first; empty before all of it is done."""
+    tasks = final_tasks(rows, settings)
+    done = {(r.id, r.seed): r for r in rows if r.operator == "final" and r.generation == settings.max_generations}
+    if not tasks or any((t.id, t.seed) not in done for t in tasks):
+        return []
+    rival = best_transformer(rows)
+    before = {c.id: c.mean for c in [*searched(rows), *([rival] if rival else [])]}
+    table = []
+    for name in dict.fromkeys(t.id for t in tasks):
+        mine = [done[t.id, t.seed] for t in tasks if t.id == name]
+        ok = [r for r in mine if r.status == "ok"]
+        if not ok:
+            continue
+        lead = None
+        if rival and name != rival.id:
+            pairs = [(done.get((rival.id, r.seed)), r) for r in ok]
+            leads = [theirs.test_bpb - r.test_bpb for theirs, r in pairs if theirs and theirs.status == "ok"]
+            lead = estimate(leads) if leads else None
+        table.append(
+            Finalist(
+                name,
+                Genome.from_json(mine[0].genome),
+                estimate(r.test_bpb for r in ok),
+                estimate(r.val_bpb for r in ok),
+                before[name],
+                lead,
+                len(mine) - len(ok),
+            )
+        )
+    return sorted(table, key=lambda f: f.test.mean)
+
+
+def print_final(table: list[Finalist]):
+    print(f"\nThe final: {len(table[0].test.values)} fresh seeds each, 95 % intervals, bits per byte\n")
+    print(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the transformer on test")
+    for f in table:
+        lead = f"{f.lead}" if f.lead else ""
+        failed = f"   ({f.failed} failed)" if f.failed else ""
+        print(f"{f.id:<24}{f.test!s:>18}{f.val!s:>18}{f.search:>15.4f}   {lead}{failed}")
+        print(f"    {f.genome.summary}")
+
+
+def lineage(rows: list[Result], name: str) -> list[dict]:
+    """The ancestors of a genome, oldest first, itself last."""
+    first = {}
+    for row in rows:
+        if row.operator not in ("again", "final"):
+            first.setdefault(row.id, row)
+    found, todo = {}, [name]
+    while todo:
+        row = first.get(todo.pop())
+        if row and row.id not in found:
+            found[row.id] = row
+            todo += [parent for parent in row.parents.split(",") if parent]
+    keys = ("generation", "id", "parents", "operator", "val_bpb", "params", "summary")
+    return [
+        {key: getattr(row, key) for key in keys} for row in sorted(found.values(), key=lambda r: (r.generation, r.id))
+    ]
+
+
+def write_best(out: Path, record: Record, settings: "Settings"):
+    """best_genome.json: the winner of the final, before it the best of the search, with all it takes to check it."""
+    table = [f for f in final_table(record.rows, settings) if f.lead or not best_transformer(record.rows)]
+    found = searched(record.rows)
+    if not found:
+        return
+    best = next(c for c in found if not table or c.id == table[0].id)
+    stage = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
+    if table:
+        f = table[0]
+        stage = {
+            "stage": "final",
+            "test_bpb": dataclasses.asdict(f.test),
+            "val_bpb": dataclasses.asdict(f.val),
+            "lead_over_transformer": f.lead and dataclasses.asdict(f.lead),
+            "budget_factor": settings.final_factor,
+        }
+    content = {
+        "id": best.id,
+        "summary": best.genome.summary,
+        "genome": json.loads(best.genome.to_json()),
+        "search_val_bpb": list(best.scores),
+        **stage,
+        "settings": record.run,
+        "torch": torch.__version__,
+        "lineage": lineage(record.rows, best.id),
+    }
+    write_whole(out / "best_genome.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture
+
+OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+
+
+def draw(rows: list[Result], path: Path, title: str):
+    """progress.png: is it getting better, what is it made of, at what cost."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ok = [r for r in rows if r.is_search and r.status == "ok"]
+    if not ok:
+        return
+    last = max(r.generation for r in rows if r.is_search)
+    generations = sorted({r.generation for r in ok})
+    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), gridspec_kw={"width_ratios": [1.5, 1, 1]})
+        left, middle, right = axes
+        # is it getting better?
+        left.scatter(
+            [r.generation for r in ok],
+            [r.val_bpb for r in ok],
+            s=16,
+            color="#999999",
+            alpha=0.7,
+            lw=0,
+            label="one evaluation",
+        )
+        best = [searched([r for r in rows if r.generation <= g])[0].mean for g in generations]
+        median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
+        left.plot(generations, median, color=OKABE_ITO[1], lw=1.5, ls="--", label="median of the generation")
+        left.plot(generations, best, color=OKABE_ITO[0], lw=2.5, label="best so far (mean of its evaluations)")
+        noise = noise_floor(rows)
+        if noise:
+            low, high = ([b + sign * 2 * noise for b in best] for sign in (-1, 1))
+            left.fill_between(generations, low, high, color=OKABE_ITO[0], alpha=0.2, lw=0, label="± 2 noise floors")
+        levels = {}  # the best of each family of designs made by hand
+        for c in candidates([r for r in rows if r.operator == "entrant"]):
+            levels.setdefault(c.id.split("-")[0], c.mean)
+        top = max(max(levels.values(), default=0), np.quantile([r.val_bpb for r in ok], 0.85), median[0]) + 0.02
+        bottom = min([*best, *levels.values()])
+        for name, level in levels.items():
+            left.axhline(level, color="#555555", lw=1, ls=":")
+            left.text(last + 0.3, level, f"{name} by hand" if name == "transformer" else name, va="center", fontsize=10)
+        left.set_ylim(bottom - 0.08 * (top - bottom), top)
+        left.set_xlim(-0.5, last + 0.2)
+        left.set(
+            xlabel="generation", ylabel="validation bits per byte (lower is better)", title="Is it getting better?"
+        )
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.legend(frameon=False, fontsize=9, loc="upper right")
+        # what is it made of?
+        shares = {}
+        for g in generations:
+            genomes = [Genome.from_json(r.genome) for r in ok if r.generation == g]
+            counts = collections.Counter(node.gene.op for genome in genomes for node in genome.network)
+            shares[g] = {op: n / max(1, counts.total()) for op, n in counts.items()}
+        ops = sorted(OPS, key=lambda op: -sum(share.get(op, 0) for share in shares.values()))
+        hatches = ["", "//", "..", "xx"]
+        base = np.zeros(len(generations))
+        for i, op in enumerate(ops):
+            height = np.array([shares[g].get(op, 0) for g in generations])
+            middle.bar(
+                generations,
+                height,
+                bottom=base,
+                width=1.0,
+                color=OKABE_ITO[i % len(OKABE_ITO)],
+                hatch=hatches[i // len(OKABE_ITO)],
+                edgecolor="white",
+                lw=0.3,
+                label=op,
+            )
+            base += height
+        middle.set(xlabel="generation", ylabel="share of all genes", title="What is it made of?", ylim=(0, 1))
+        middle.xaxis.get_major_locator().set_params(integer=True)
+        middle.set_xlim(-0.5, last + 0.5)
+        handles, labels = middle.get_legend_handles_labels()
+        middle.legend(
+            handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+        # at what cost?
+        speed = [r.tokens_per_s / 1e6 for r in ok]
+        dots = right.scatter([r.params / 1e6 for r in ok], [r.val_bpb for r in ok], c=speed, s=18, cmap="cividis", lw=0)
+        figure.colorbar(dots, ax=right, label="million tokens a second")
+        for r in rows:
+            if r.operator == "entrant" and r.status == "ok":
+                right.scatter(r.params / 1e6, r.val_bpb, marker="x", color=OKABE_ITO[5], s=30, lw=1.5)
+        right.scatter([], [], marker="x", color=OKABE_ITO[5], s=30, lw=1.5, label="designed by hand")
+        right.set_ylim(*left.get_ylim())
+        right.set(xlabel="million parameters", ylabel="validation bits per byte", title="At what cost?")
+        right.legend(frameon=False, fontsize=9, loc="upper right")
+        figure.suptitle(title, fontsize=13)
+        figure.tight_layout()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, format="png")
+        plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def print_result(r: Result):
+    score = f"{r.val_bpb:.4f}" if r.val_bpb is not None else "—"
+    test = f"  test {r.test_bpb:.4f}" if r.test_bpb is not None else ""
+    speed = f"{r.tokens_per_s / 1e6:6.2f} M tok/s" if r.tokens_per_s >= 1e5 else f"{r.tokens_per_s / 1e3:6.1f} k tok/s"
+    note = f"  [{r.note}]" if r.note else ""
+    tqdm.write(
+        f"{r.id:<24} {r.status:<8}{score:>8}  {r.params / 1e6:6.2f} M  {speed}  "
+        f"{r.operator:<14.14}  {r.summary}{test}{note}"
+    )
+
+
+class Run:
+    """A run in a folder: what is recorded, and the pool that adds to it."""
+
+    def __init__(self, out: Path, record: Record, settings: "Settings", data: prepare.Dataset):
+        self.out, self.record, self.settings, self.data = out, record, settings, data
+        self.pool = Pool(data.folder, settings)
+
+    def evaluate(self, title: str, tasks: list[Task], left_after: int = 0):
+        """Evaluate those of the tasks that the record lacks. left_after: evaluations of the run that come later."""
+        done = {(r.generation, r.id, r.seed, r.operator) for r in self.record.rows}
+        tasks = [t for t in tasks if (t.generation, t.id, t.seed, t.operator) not in done]
+        with tqdm(
+            total=len(tasks),
+            desc=title,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}  {postfix}",
+        ) as bar:
+            start = time.monotonic()
+
+            def tick():
+                each = (time.monotonic() - start) / bar.n if bar.n else self.settings.time_budget
+                here = max(0.0, each * len(tasks) - (time.monotonic() - start))
+                clock = [str(datetime.timedelta(seconds=int(t))) for t in (here, here + each * left_after)]
+                bar.set_postfix_str(f"{clock[0]} left here, {clock[1]} in the run")
+
+            for result in self.pool.run(tasks, tick):
+                self.record.append(result)
+                print_result(result)
+                bar.update()
+
+    def report(self, title: str):
+        write_best(self.out, self.record, self.settings)
+        draw(self.record.rows, self.out / "progress.png", title)
+
+
+def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Dataset):
+    """The whole search, from wherever the record stands: entrants, generations, final."""
+    run = Run(out, record, settings, data)
+    title = f"genesis, {settings.strategy}: {data.source}, {record.run['device']}, {budget_text(settings)} a trial"
+    per_generation, generations = settings.population_size, settings.max_generations
+    finals = settings.final_seeds * (settings.finalists + 1)
+    try:
+        run.evaluate("by hand", entrant_tasks(settings, data.vocab_size), per_generation * generations + finals)
+        for generation in range(generations):
+            born = breed(record.rows, generation, settings, data.vocab_size)
+            later = (generations - generation - 1) * per_generation + finals
+            run.evaluate(f"generation {generation + 1}/{generations}", born.tasks, later)
+            print(generation_text(record.rows, generation, born), flush=True)
+            run.report(title)
+        finish(run, title)
+    finally:
+        run.pool.stop()
+
+
+def finish(run: Run, title: str):
+    """The final: fresh seeds, the test split, intervals."""
+    tasks = final_tasks(run.record.rows, run.settings)
+    if not tasks:
+        raise Stop("No genome was scored, so there is no final; see the status column of results.tsv")
+    run.evaluate("the final", tasks)
+    table = final_table(run.record.rows, run.settings)
+    if table:
+        print_final(table)
+    run.report(title)
+
+
+def budget_text(settings: "Settings") -> str:
+    return f"{settings.token_budget:,} tokens" if settings.token_budget else f"{settings.time_budget:g} s"
+
+
+def generation_text(rows: list[Result], generation: int, born: Generation) -> str:
+    mine = [r for r in rows if r.generation == generation and r.is_search]
+    scores = [r.val_bpb for r in mine if r.status == "ok"]
+    best, noise = next(iter(searched(rows)), None), noise_floor(rows)
+    failed = collections.Counter(r.status for r in mine if r.status != "ok")
+    parts = [f"generation {generation}:"]
+    if best:
+        parts.append(f"best {best.mean:.4f} ({best.id}, {len(best.scores)} evaluations)")
+    parts.append(f"median {statistics.median(scores):.4f}" if scores else "no score")
+    parts.append(f"noise {noise:.4f}" if noise is not None else "noise not yet known")
+    parts.append(f"{born.refused / max(1, born.bred):.0%} of {born.bred} bred refused")
+    parts += [f"{n} {status}" for status, n in failed.items()]
+    return "  ".join(parts) + "\n"
+
+
+def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: str, device: str):
+    """Train one genome of a file for the budget, print its val_bpb and some text that it writes."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Stop(f"Cannot read {path}: {error}") from None
+    genome = Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
+    print(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    task = Task(path.stem, -1, (), "train", genome, settings.seed)
+    problem = check_network(genome, settings.seed)
+    if problem:
+        raise Stop(f"{path}: not trained, status {problem}")
+    rows = settings.batch_tokens // settings.seq_len
+    trial = Trial(task, DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu")), settings, rows)
+    values = trial.run()
+    if values["status"] != "ok":
+        raise Stop(f"{path}: training ended with status {values['status']}")
+    print(
+        f"val_bpb {values['val_bpb']:.4f} after {values['seconds']:.1f} s, {values['tokens']:,} tokens "
+        f"({values['tokens_per_s']:,.0f} a second)\n"
+    )
+    print(write_text(trial.model, data, prompt, settings.seq_len, settings.seed))
+
+
+@torch.no_grad()
+def write_text(model: Model, data: prepare.Dataset, prompt: str, seq_len: int, seed: int, length: int = 200) -> str:
+    """Sample `length` tokens after a prompt, temperature 0.8, from the 50 likeliest."""
+    for part in (model.enter, *model.blocks, model.leave):
+        part.__dict__.pop("forward", None)  # what was compiled knows one shape alone
+    tokenizer, device = data.tokenizer(), model.enter.embedding.device
+    tokens = [data.bos, *tokenizer.encode_ordinary(prompt)]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(length):
+        idx = torch.tensor([tokens[-seq_len:]], device=device)
+        logits = model(idx)[0, -1].float().cpu() / 0.8
+        logits[data.bos] = -math.inf
+        likely = logits.topk(50)
+        tokens.append(likely.indices[torch.multinomial(likely.values.softmax(-1), 1, generator=generator)].item())
+    return tokenizer.decode(tokens[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--demo", action="store_true", help="two minutes on any machine, on text that every machine has"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="the folder of parquet shards that prepare.py was given")
+    parser.add_argument("--out", metavar="DIR", help="where results go (default: here; with --demo: demo/)")
+    parser.add_argument("--final", action="store_true", help="the final now, from what results.tsv holds")
+    parser.add_argument("--train", metavar="FILE", help="train the genome in a file, and let it write")
+    parser.add_argument("--prompt", default="The history of science", help="what --train goes on from")
+    comments = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    for name, value in CONSTANTS.items():
+        help = f"{comments[name]} (default {value})".replace("%", "%%")
+        parser.add_argument(f"--{name.lower().replace('_', '-')}", type=type(value), metavar="N", help=help)
+    return parser.parse_args(argv)
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def start(args: argparse.Namespace):
+    settings = read_settings(args)
+    source = dict(data_dir=args.data_dir, demo=args.demo)
+    try:
+        data = prepare.load(prepare.source_folder(**source))
+    except prepare.PrepareError:
+        data = prepare.load(prepare.prepare(**source))
+    device = device_name()
+    if device == "cpu":
+        print("No GPU was found: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests.")
+    if args.train:
+        return train_one(Path(args.train), data, settings, args.prompt, device)
+    out = Path(args.out or ("demo" if args.demo else "."))
+    record, run = Record(out), describe_run(settings, data, device)
+    if record.run is not None and not args.final:
+        differs = [name for name in run if record.run.get(name) != run[name]]
+        if differs or final_table(record.rows, settings):
+            why = f"differs in {', '.join(differs)}" if differs else "is finished"
+            print(f"The run in {record.path} {why}; it was moved to {record.move_away()}")
+        else:
+            print(f"Going on with the run in {record.path}: {len(record.rows)} evaluations")
+    if args.final:
+        if not searched(record.rows):
+            raise Stop(f"{record.path} holds no scored genome; run: uv run evolve.py")
+        if record.run["fingerprint"] != data.fingerprint:
+            raise Stop(
+                f"{record.path} was made on other data ({record.run['data']}); name it with --data-dir or --demo"
+            )
+        settings = dataclasses.replace(settings, **{k: record.run[k] for k in record.run if hasattr(settings, k)})
+        runner = Run(out, record, settings, data)
+        try:
+            return finish(runner, f"genesis: {data.source}, {device}")
+        finally:
+            runner.pool.stop()
+    if record.run is None:
+        record.begin(run)
+    print(
+        f"{data.source}: {data.meta['splits']['train']['tokens']:,} training tokens. {budget_text(settings)} a trial on {device}, "
+        f"{settings.max_generations} generations of {settings.population_size}. Results in {record.path}\n",
+        flush=True,
+    )
+    evolve(out, record, settings, data)
+
+
+def main(argv: list[str] | None = None) -> int:
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.cache_root() / "compiled"))
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        start(parse(argv))
+    except (Stop, GenomeError, prepare.PrepareError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Nothing is lost; run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
