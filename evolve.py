@@ -332,9 +332,11 @@ class OnlyCompiled(Exception):
 
 def inductor(graph, inputs):
     """torch.compile's own backend, forward and backward at once, but with a stop before it runs."""
+    from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
-    run = compile_fx(graph, inputs)
+    with config.patch(force_non_lazy_backward_lowering=True):
+        run = compile_fx(graph, inputs)
 
     def run_unless_compile_only(*args):
         if compile_only:
@@ -630,7 +632,6 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     if device != "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
         torch.cuda.set_device(device)
-        torch._functorch.config.force_non_lazy_backward_lowering = True
     torch.set_float32_matmul_precision("high")
     data = DeviceData(prepare.load(folder), torch.device(device))
     pipe.send("idle")
@@ -1374,7 +1375,6 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
         raise Stop(f"Cannot read {path}: {error}") from None
     genome = Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
     print(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
-    torch._functorch.config.force_non_lazy_backward_lowering = True
     task = Task(path.stem, -1, (), "train", genome, settings.seed)
     problem = check_network(genome, settings.seed)
     if problem:

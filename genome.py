@@ -213,11 +213,11 @@ class Attention(Op, name="attention", mixes_tokens=True):
 
     kv_heads: each query head its own keys and values, pairs of heads sharing them (Ainslie et al. 2023, GQA), or one
     for all (Shazeer 2019, MQA). position: rotary, ALiBi (Press et al. 2022) or none. window: 0 for all, else the last
-    so many tokens. similarity: dot, cosine (Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a head), or
-    multiplicative (Luong et al. 2015, a matrix between query and key). normalisation: softmax, sparsemax, relu divided
-    by the number of keys (Wortsman et al. 2023), sigmoid shifted by its logarithm (Ramapuram et al. 2024). temperature:
-    fixed, learned per head, or computed from each query. gating: on the values, on what comes out (Qiu et al. 2025), or
-    highway (Srivastava et al. 2015). qk_norm (Henry et al. 2020). latent: keys and values come out of a bottleneck of
+    so many tokens. similarity: dot, cosine (Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a
+    head), or multiplicative (Luong et al. 2015, a matrix between query and key). normalisation: softmax, sparsemax,
+    relu divided by the number of keys (Wortsman et al. 2023), sigmoid shifted by its logarithm (Ramapuram et al. 2024).
+    temperature: fixed, learned per head, or computed from each query. gating: on the values, on what comes out (Qiu et
+    al. 2025), or highway (Srivastava et al. 2015). qk_norm (Henry et al. 2020). latent: keys and values come out of a bottleneck of
     that width (DeepSeek-V2 2024, MLA). memory: learned tokens that every query sees (Sukhbaatar et al. 2019).
     """
 
@@ -405,9 +405,7 @@ def linear_attention(q, k, v, log_decay):
     q, k, v, g = chunks(q), chunks(k), chunks(v), chunks(log_decay)
     since = g.cumsum(3)  # log decay from the start of the chunk, this token's included
     total = since[:, :, :, -1]
-    from_middle = (
-        since + HALFWAY
-    )  # halves the largest exponent; half of `total` would let later tokens into the rounding
+    from_middle = since + HALFWAY  # halves the largest exponent (total / 2 would let later tokens into the rounding)
     inside = (q * from_middle.exp().to(q.dtype)) @ (k * (-from_middle).exp().to(k.dtype)).transpose(-1, -2)
     inside = inside.tril() @ v
     added = (k * (total[:, :, :, None] - since).exp().to(k.dtype)).transpose(-1, -2) @ v  # (B, H, N, D, V)

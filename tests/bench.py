@@ -1,0 +1,335 @@
+"""tests/bench.py: how fast the trainer is, run by hand on a GPU, on tokens that prepare.py wrote.
+
+    uv run tests/bench.py --data-dir DIR              everything
+    uv run tests/bench.py --data-dir DIR speed bpb    only these
+
+speed    the transformer genome through evolve.py's trainer against a hand-written, wholly compiled and captured loop
+bpb      its val_bpb after 5, 10 and 30 seconds, three seeds each
+ops      forward and backward milliseconds of every op and trait choice
+soak     random genomes at 2 s each through the workers: time outside training, memory, statuses
+designs  val_bpb of the named designs after 10 s
+"""
+
+import argparse
+import collections
+import dataclasses
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import evolve
+import genome as genomes
+import prepare
+from genome import OPS, Block, Gene, Genome, random_genome, transformer
+
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
+REFERENCE = transformer(6, 256, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same transformer by hand: nothing of genome.py or of evolve.py's trainer is used.
+
+
+class HandBlock(nn.Module):
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.heads = heads
+        self.gain1, self.gain2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.qkv = nn.Parameter(torch.randn(3, dim, dim) / dim**0.5)
+        self.out = nn.Parameter(torch.randn(dim, dim) * 0.1 / dim**0.5)
+        self.gate_up = nn.Parameter(torch.randn(2, hidden, dim) / dim**0.5)
+        self.down = nn.Parameter(torch.randn(dim, hidden) * 0.1 / hidden**0.5)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        h = F.rms_norm(x, (C,), self.gain1.bfloat16())
+        q, k, v = F.linear(h, self.qkv.bfloat16().flatten(0, 1)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
+
+        def rope(t):
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
+        x = x + F.linear(y.transpose(1, 2).reshape(B, T, C), self.out.bfloat16())
+        h = F.rms_norm(x, (C,), self.gain2.bfloat16())
+        gate, up = F.linear(h, self.gate_up.bfloat16().flatten(0, 1)).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, self.down.bfloat16())
+
+
+class HandModel(nn.Module):
+    def __init__(self, vocab_size, seq_len, n_layer=6, dim=256, heads=4, hidden=704):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(vocab_size, dim))
+        self.blocks = nn.ModuleList(HandBlock(dim, heads, hidden) for _ in range(n_layer))
+        self.head = nn.Parameter(torch.randn(vocab_size, dim) * 0.001)
+        speed = 10_000 ** (-torch.arange(0, dim // heads, 2).float() / (dim // heads))
+        angle = torch.arange(seq_len).float()[:, None] * speed
+        self.register_buffer("cos", angle.cos().bfloat16())
+        self.register_buffer("sin", angle.sin().bfloat16())
+
+    def forward(self, idx, targets):
+        x = F.rms_norm(F.embedding(idx, self.embedding).bfloat16(), (self.embedding.size(1),))
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        logits = 15 * torch.tanh(F.linear(F.rms_norm(x, (x.size(-1),)), self.head.bfloat16()).float() / 15)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.compile(dynamic=False)
+def hand_muon(params: list, grads: list, momenta: list, lr):
+    for p, g, m in zip(params, grads, momenta, strict=True):
+        m.lerp_(g, 0.05)
+        x = torch.lerp(g, m, 0.95).bfloat16()
+        tall = x.size(-2) > x.size(-1)
+        x = x.mT if tall else x
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.mT if tall else x
+        p.sub_(lr * max(1, x.size(-2) / x.size(-1)) ** 0.5 * x)
+
+
+def hand_written(tokens, vocab_size, rows, seq_len, device):
+    """Returns a function that makes one step: the whole model compiled, the whole step in one CUDA graph."""
+    torch.manual_seed(0)
+    model = HandModel(vocab_size, seq_len).to(device)
+    forward = torch.compile(model, dynamic=False)
+    matrices = [p for p in model.blocks.parameters() if p.dim() >= 2]
+    shapes = collections.defaultdict(list)
+    for p in matrices:
+        shapes[p.shape].append(p)
+    stacks = [torch.stack([p.detach() for p in group]) for group in shapes.values()]
+    for group, stack in zip(shapes.values(), stacks, strict=True):
+        for p, part in zip(group, stack, strict=True):
+            p.data = part  # parameters are views of the stacks that Muon updates
+    momenta = [torch.zeros_like(stack) for stack in stacks]
+    vectors = [p for p in model.blocks.parameters() if p.dim() == 1]
+    groups = [
+        dict(params=[model.embedding], lr=0.35),
+        dict(params=[model.head], lr=0.007),
+        dict(params=vectors, lr=0.01),
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True, capturable=True)
+    lr = torch.full((), 0.02, device=device)
+    window = torch.zeros((), dtype=torch.int64, device=device)
+    n_windows = (len(tokens) - 1) // seq_len
+    order = torch.randperm(n_windows, device=device)
+    reach, span = torch.arange(rows, device=device), torch.arange(seq_len + 1, device=device)
+
+    def step():
+        place = order[(window + reach) % n_windows][:, None] * seq_len + span
+        ids = tokens[place].long() & 0xFFFF
+        forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).backward()
+        with torch.no_grad():
+            grads = [torch.stack([p.grad for p in group]) for group in shapes.values()]
+            hand_muon(stacks, grads, momenta, lr)
+        adamw.step()
+        model.zero_grad(set_to_none=True)
+        window.add_(rows)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def tokens_per_second(step, tokens_a_step, seconds=4.0):
+    for _ in range(20):
+        step()
+    torch.cuda.synchronize()
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(20):
+            step()
+        torch.cuda.synchronize()
+        steps += 20
+    return steps * tokens_a_step / (time.perf_counter() - start)
+
+
+def task_for(genome: Genome, seed: int = 0) -> evolve.Task:
+    return evolve.Task("bench", 0, (), "bench", genome, seed)
+
+
+def speed(data, settings, folder):
+    device_data = evolve.DeviceData(data, torch.device("cuda:0"))
+    rows = settings.batch_tokens // settings.seq_len
+    trial = evolve.Trial(task_for(REFERENCE), device_data, settings, rows)
+    start = time.perf_counter()
+    ours = trial.capture()
+    capture_s = time.perf_counter() - start
+    trial.optimizer.schedule.fill_(1.0)
+    theirs = hand_written(device_data.train, data.vocab_size, rows, settings.seq_len, device_data.device)
+    rates = {"ours": [], "by hand": []}
+    for _ in range(3):  # in turns, so that both meet the same clocks
+        rates["ours"].append(tokens_per_second(ours, settings.batch_tokens))
+        rates["by hand"].append(tokens_per_second(theirs, settings.batch_tokens))
+    mine, hand = (statistics.median(r) for r in rates.values())
+    dim, n_layer = REFERENCE.embed_dim, len(REFERENCE.network) // 4
+    matmul = REFERENCE.num_params(data.vocab_size) - data.vocab_size * dim
+    flops = 6 * matmul + 6 * n_layer * settings.seq_len * dim  # per token; causal attention is half of 12 L T C
+    print(f"speed of {REFERENCE.summary}, dim {dim}, {REFERENCE.num_params(data.vocab_size):,} parameters")
+    print(f"  evolve.py {mine / 1e6:.2f} M tokens/s, by hand {hand / 1e6:.2f} M tokens/s, ratio {mine / hand:.3f}")
+    print(f"  all: {', '.join(f'{name} ' + ' '.join(f'{r / 1e6:.3f}' for r in rs) for name, rs in rates.items())}")
+    print(f"  model FLOP utilisation {mine * flops / PEAK_FLOPS:.1%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s")
+    print(f"  warm-up and capture {capture_s:.2f} s", flush=True)
+
+
+def bpb(data, settings, folder, budgets=(5.0, 10.0, 30.0), seeds=3):
+    device_data = evolve.DeviceData(data, torch.device("cuda:0"))
+    print("val_bpb of the same genome through evaluate()")
+    for seconds in budgets:
+        results = []
+        for seed in range(seeds):
+            start = time.perf_counter()
+            s = dataclasses.replace(settings, time_budget=seconds)
+            results.append(evolve.evaluate(task_for(REFERENCE, seed), device_data, s))
+            wall = time.perf_counter() - start
+        scores = [r.val_bpb for r in results]
+        print(f"  {seconds:g} s: {statistics.fmean(scores):.4f}  ({' '.join(f'{x:.4f}' for x in scores)}), "
+              f"{results[-1].tokens_per_s / 1e6:.2f} M tokens/s, peak {results[-1].memory_mb} MiB, trained "
+              f"{results[-1].seconds:.3f} s, {wall - results[-1].seconds:.2f} s outside", flush=True)  # fmt: skip
+
+
+def every_gene(dim: int):
+    """Every op with its defaults, and with each other choice of each trait."""
+    for name, op in OPS.items():
+        width = None if op.keeps_width else dim
+        yield Gene(name, width)
+        for trait, choices in op.traits.items():
+            for choice in choices[1:]:
+                yield Gene(name, width, **{trait: choice})
+
+
+def ops(data, settings, folder, dim=256):
+    print(f"forward + backward of an op at dim {dim}, {settings.batch_tokens:,} tokens, compiled and captured")
+    rows = settings.batch_tokens // settings.seq_len
+    evolve.COMPILED.clear()
+    for gene in every_gene(dim):
+        block = Block(gene, dim, None).cuda()
+        x = torch.randn(rows, settings.seq_len, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        start = time.perf_counter()
+        reason = "not compiled by choice"
+        if OPS[gene.op].compiles:
+            reason = evolve.compile_part(block, ("bench", gene, dim), [x, None])
+        params = list(block.parameters())
+        y = block(x)
+        out = torch.randn_like(y)
+
+        def work(block=block, x=x, out=out, params=params):
+            torch.autograd.grad(block(x), [x, *params], out)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            work()
+            work()
+        torch.cuda.synchronize()
+        compile_s = time.perf_counter() - start
+        graph = torch.cuda.CUDAGraph()
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            with torch.cuda.graph(graph):
+                work()
+            replay = graph.replay
+        except RuntimeError as error:
+            replay, reason = work, f"{reason} not captured: {error}"
+        replay()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(20):
+            replay()
+        end.record()
+        torch.cuda.synchronize()
+        usual = dict(Gene(gene.op, gene.dim).traits)
+        changed = ", ".join(f"{trait} {value}" for trait, value in gene.traits if usual[trait] != value)
+        finite = "" if y.isfinite().all() else "NOT FINITE "
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"  {gene.op:<11} {changed:<30} {begin.elapsed_time(end) / 20:7.3f} ms   peak {peak:5.2f} GiB   "
+              f"first use {compile_s:5.1f} s   {finite}{reason}", flush=True)  # fmt: skip
+        del block, x, y, out, params, work, graph, replay
+        torch.cuda.empty_cache()
+
+
+def soak(data, settings, folder, n=100):
+    settings = dataclasses.replace(settings, time_budget=2.0)
+    rng, found = random.Random(1), []
+    while len(found) < n:
+        genome = random_genome(rng)
+        if genome.mixes_tokens and genome.num_params(data.vocab_size) <= settings.max_params:
+            found.append(genome)
+    tasks = [dataclasses.replace(task_for(g), id=f"r{i:03d}") for i, g in enumerate(found)]
+    start = time.perf_counter()
+    pool, results = evolve.Pool(folder, settings), []
+    started = None
+    for r in pool.run(tasks):
+        started = started or time.perf_counter() - start - r.seconds
+        results.append(r)
+        evolve.print_result(r)
+    wall = time.perf_counter() - start
+    pool.stop()
+    trained = sum(r.seconds for r in results)
+    print(f"soak: {len(results)} random genomes at 2 s: {wall:.0f} s in all, {trained:.0f} s of it training, "
+          f"{(wall - trained) / len(results):.2f} s outside each "
+          f"({statistics.fmean(r.outside for r in results):.2f} on the device)")  # fmt: skip
+    print(f"  first result's start-up {started:.1f} s; longest training {max(r.seconds for r in results):.3f} s")
+    print(f"  status {dict(collections.Counter(r.status for r in results))}")
+    print(f"  memory held before an evaluation: {sorted({r.held_mb for r in results})} MiB")
+    unigram = unigram_entropy(data)
+    below = sum(r.val_bpb is not None and r.val_bpb < unigram for r in results) / len(results)
+    print(f"  below the unigram entropy of {unigram:.3f} bits per byte: {below:.0%}")
+    print("  notes " + "; ".join(sorted({r.note for r in results if r.note})), flush=True)
+
+
+def unigram_entropy(data) -> float:
+    """Bits per byte of a model that knows how frequent each token is in val, and nothing else."""
+    counts = torch.bincount(torch.from_numpy(data.val.astype("int64")), minlength=data.vocab_size).double()
+    counts[data.bos] = 0
+    nats = -(counts * (counts / counts.sum()).clamp(min=1e-12).log2()).sum()
+    return (nats / (counts * torch.from_numpy(data.token_bytes)).sum()).item()
+
+
+def designs(data, settings, folder):
+    named = {**genomes.ENTRANTS, **getattr(genomes, "NAMED_DESIGNS", {})}
+    tasks = [dataclasses.replace(task_for(g), id=name) for name, g in named.items()]
+    pool = evolve.Pool(folder, dataclasses.replace(settings, time_budget=10.0))
+    print("val_bpb after 10 s")
+    for r in pool.run(tasks):
+        evolve.print_result(r)
+    pool.stop()
+
+
+BENCHMARKS = {"speed": speed, "bpb": bpb, "ops": ops, "soak": soak, "designs": designs}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
+    parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.py measures a GPU, and none was found")
+    folder = prepare.source_folder(data_dir=args.data_dir)
+    data = prepare.load(folder)
+    torch.set_float32_matmul_precision("high")
+    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {data.source} {data.fingerprint}\n", flush=True)
+    for name in args.which or BENCHMARKS:
+        BENCHMARKS[name](data, evolve.Settings(), folder)
+        print()
+
+
+if __name__ == "__main__":
+    main()

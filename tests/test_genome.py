@@ -1,0 +1,564 @@
+"""genome.py: every genome is valid, leak-free and trainable, and computes what the papers say.
+
+reference.py holds the independent implementations. Widths are small wherever width does not matter.
+"""
+
+import copy
+import json
+import math
+import pickle
+import random
+import string
+import zlib
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+import genome as g
+from genome import OPS, Gene, Genome, GenomeError, Model, Op
+
+VOCAB = 32
+LONG = 2 * g.CHUNK + 22  # tokens: three chunks, the last one not full
+BEYOND_WINDOWS = 330  # tokens: more than the widest attention window
+
+
+def gene(op: str, dim: int = 64, **fields) -> Gene:
+    return Gene(op, None if OPS[op].keeps_width else dim, **fields)
+
+
+def one(op: str, dim: int = 64, embed_dim: int = 64, **fields) -> Genome:
+    """The genome of a single gene."""
+    return Genome((gene(op, dim, **fields),), embed_dim=embed_dim)
+
+
+def narrow(genome: Genome) -> Genome:
+    """The same wiring, 64 channels wide (128 where it was above 256), so that hundreds can be run."""
+
+    def width(dim):
+        return 64 if dim <= 256 else 128
+
+    genes = [x.change(dim=width(x.dim)) if x.dim else x for x in genome.genes]
+    return replace(genome, genes=tuple(genes), embed_dim=width(genome.embed_dim))
+
+
+def build(genome: Genome, dtype=torch.float32, vocab: int = VOCAB) -> Model:
+    """A model whose every weight is random, whatever it starts as, and depends on its name and shape alone."""
+    model = Model(genome, vocab, dtype)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name}{p.shape}".encode())))
+        p.data = noise / math.sqrt(p.size(-1)) if p.dim() > 1 else p.data + 0.3 * noise
+    return model
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows * length))
+
+
+def leaks(genome: Genome, length: int = LONG, at=(1, 40, 63, 64, 65, 127, 128, LONG - 1)) -> list[int]:
+    """The tokens whose change shows in a logit before them. Each is changed in a row of its own, rows seen together."""
+    model, idx = build(genome), tokens(len(at), length)
+    changed = idx.clone()
+    for row, t in enumerate(at):
+        changed[row, t] = (changed[row, t] + 7) % VOCAB
+    with torch.no_grad():
+        before, after = model(idx), model(changed)
+    for row, t in enumerate(at):  # the change has to show somewhere, or nothing is tested
+        assert not torch.equal(before[row, t], after[row, t])
+    return [t for row, t in enumerate(at) if not torch.equal(before[row, :t], after[row, :t])]
+
+
+def random_trait_gene(rng: random.Random, op: str) -> Gene:
+    traits = {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
+    return gene(op, rng.choice((64, 128)), repeat=rng.choice((1, 1, 2)), skip=rng.choice((0, 1)), **traits)
+
+
+def lineage(seed: int, generations: int) -> list[Genome]:
+    """Random genomes and what comes of breeding them."""
+    rng = random.Random(seed)
+    family = [g.random_genome(rng) for _ in range(4)]
+    for _ in range(generations):
+        family.append(g.mutate(rng.choice(family), rng, 0.3).genome)
+        family.append(g.crossover(rng.choice(family), rng.choice(family), rng).genome)
+    return family
+
+
+TRAITS = [(op, {name: choice}) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices]
+CASES = [(op, {}) for op in OPS if not OPS[op].traits] + TRAITS
+# The fewest genes of which every trait choice is part, for what is too slow to do with each alone.
+COVER = [
+    (op, {name: choices[n % len(choices)] for name, choices in OPS[op].traits.items()})
+    for op in OPS
+    for n in range(max(map(len, OPS[op].traits.values()), default=1))
+]
+
+
+def label(value):
+    return "-".join(f"{k}={v}" for k, v in value.items()) or "plain" if isinstance(value, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Breeding: valid, immutable, different.
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ten_thousand_genomes_are_valid_and_new(seed):
+    rng = random.Random(seed)
+    family, born = [g.random_genome(rng) for _ in range(500)], 0
+    while born < 2000:
+        parents = [rng.choice(family) for _ in range(1 + born % 2)]
+        written = [parent.to_json() for parent in parents]
+        child = g.crossover(*parents, rng) if len(parents) == 2 else g.mutate(*parents, rng, 0.3)
+        assert [parent.to_json() for parent in parents] == written
+        assert child.genome.key not in [parent.key for parent in parents]
+        assert all(name in g.MUTATIONS or name == "crossover" for name in child.operator.split("+"))
+        family[rng.randrange(len(family))] = child.genome
+        again = Genome.from_json(child.genome.to_json())
+        assert again == child.genome and again.to_json() == child.genome.to_json() and again.key == child.genome.key
+        assert again.network == child.genome.network and 1 <= len(again.genes) <= g.MAX_GENES
+        born += 1
+
+
+def test_breeding_repeats_with_the_same_rng():
+    assert [x.to_json() for x in lineage(3, 50)] == [x.to_json() for x in lineage(3, 50)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_genomes_run_and_do_not_leak(seed):
+    for genome in map(narrow, lineage(seed, 14)):
+        torch.manual_seed(seed)
+        model, idx = Model(genome, VOCAB), tokens(2, 70)
+        assert sum(p.numel() for p in model.parameters()) == genome.num_params(VOCAB)
+        loss = model(idx, idx.roll(-1, 1))
+        assert model(idx).shape == (2, 70, VOCAB) and model(idx, idx, reduction="none").shape == (2, 70)
+        if loss.isfinite():  # relu squared over and over can overflow; that genome gets a status, not a score
+            loss.backward()
+            assert all(p.grad is not None for p in model.parameters())
+        assert not leaks(genome, 70, (1, 63, 64, 65, 69)), genome.to_json()
+
+
+def test_every_operator_acts_and_reaches_everything():
+    rng = random.Random(0)
+    start = Genome((Gene("linear", 256),))
+    seen, drawn, frame = set(), set(), set()
+    for name, (change, _) in g.MUTATIONS.items():
+        assert any(change(parent, rng).key != parent.key for parent in lineage(1, 20)), name
+    genome = start
+    for _ in range(6000):
+        genome, operator = g.mutate(genome if len(genome.genes) < 10 else start, rng, 0.3)
+        drawn |= set(operator.split("+"))
+        frame |= {(name, getattr(genome, name)) for name in g.GENOME_TRAITS}
+        for x in genome.genes:
+            seen |= {("op", x.op), ("dim", x.dim), ("input", x.input), ("skip", x.skip)}
+            seen |= {(name, getattr(x, name)) for name in g.WIRING} | {(x.op, *trait) for trait in x.traits}
+    expected = {("op", op) for op in OPS} | {("dim", dim) for dim in g.WIDTHS}
+    expected |= {(name, choice) for name, choices in g.WIRING.items() for choice in choices}
+    expected |= {(op, name, choice) for op, traits in TRAITS for name, choice in traits.items()}
+    expected |= {("input", d) for d in range(1, g.MAX_DISTANCE + 1)} | {("skip", d) for d in range(g.MAX_DISTANCE + 1)}
+    assert not expected - seen
+    assert drawn == set(g.MUTATIONS)
+    assert frame == {(name, choice) for name, choices in g.GENOME_TRAITS.items() for choice in choices}
+
+
+def test_a_residual_survives_insertion_and_removal():
+    block = g.transformer(1, 64, 4)
+    longer = g.spliced(block, 1, 1, [Gene("linear", 64)])
+    assert [x.skip for x in longer.genes] == [0, 0, 3, 0, 2] and longer.network[2].skip == 0
+    assert g.spliced(longer, 1, 2, []) == block
+    assert g.spliced(block, 0, 4, []) == block  # nothing would be left
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The key: equal where the network is equal, and only there.
+
+
+def test_key_ignores_what_computes_nothing():
+    idle = Gene("identity", repeat=3)
+    plain = Genome((Gene("linear", 64, "relu"), Gene("attention", 64, skip=1, heads=2, kv_heads="one"), Gene("norm")))
+    same = [
+        Genome((Gene("linear", 64, "relu"), idle, plain.genes[1], idle, Gene("norm"), idle)),
+        Genome((Gene("gate", 512), plain.genes[0].change(input=2), *plain.genes[1:])),  # nothing reads the gate
+        Genome((plain.genes[0], plain.genes[1].change(kv_heads="half"), plain.genes[2])),  # 2 heads: half is one
+    ]
+    torch.manual_seed(0)
+    expected, idx = Model(plain, VOCAB)(tokens(1, 20)), tokens(1, 20)
+    for other in same:
+        torch.manual_seed(0)
+        assert other.key == plain.key and other.num_params(VOCAB) == plain.num_params(VOCAB)
+        assert torch.equal(Model(other, VOCAB)(idx), expected)
+
+
+def test_key_ignores_the_order_of_unrelated_genes():
+    a, b, add = Gene("linear", 64), Gene("ssm", 64), Gene("identity", input=1, skip=2)
+    there = Genome((a, b.change(input=2), add))
+    back = Genome((b, a.change(input=2), Gene("identity", input=2, skip=1)))
+    assert there.key == back.key
+    assert torch.equal(build(there)(tokens(1, 20)), build(back)(tokens(1, 20)))
+
+
+def test_equal_keys_are_equal_networks():
+    def network(genome):
+        nodes = [(n.gene.change(input=1, skip=0), n.source, n.skip, n.d_in, n.d_skip, n.d_out) for n in genome.network]
+        return nodes, genome.embed_dim, genome.lr_factor, genome.tied
+
+    by_key = {}
+    for seed in range(30):
+        for genome in lineage(seed, 50):
+            assert network(by_key.setdefault(genome.key, genome)) == network(genome)
+    keys = {str(network(genome)): key for key, genome in by_key.items()}
+    assert len(keys) == len(by_key) > 2000
+
+
+CHANGES = [(op, name, choice) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices[1:]]
+CHANGES += [("gate", name, choice) for name, choices in g.WIRING.items() for choice in choices[1:]]
+
+
+@pytest.mark.parametrize("op, name, choice", CHANGES)
+def test_a_trait_changes_what_is_computed(op, name, choice):
+    plain, idx = one(op), tokens(1, BEYOND_WINDOWS if name == "window" else 40)
+    changed = Genome((plain.genes[0].change(**{name: choice}),), embed_dim=64)
+    assert changed.key != plain.key
+    assert not torch.allclose(build(plain)(idx), build(changed)(idx), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Causality: on the CPU a changed token leaves every logit before it as it was, to the last bit.
+
+
+@pytest.mark.parametrize("op, traits", CASES, ids=label)
+def test_no_op_sees_the_future(op, traits):
+    if traits.get("window"):
+        assert not leaks(one(op, **traits), BEYOND_WINDOWS, (1, 64, 65, 256, 257, BEYOND_WINDOWS - 1))
+    else:
+        assert not leaks(one(op, **traits))
+
+
+@pytest.mark.parametrize("op, count", [("attention", 160), ("retention", 50), ("conv1d", 15), ("moe_router", 15)])
+def test_no_combination_of_traits_sees_the_future(op, count):
+    rng = random.Random(op)
+    for _ in range(count):
+        x = random_trait_gene(rng, op)
+        assert not leaks(Genome((x,), embed_dim=64), 80, (1, 63, 64, 65, 79)), x
+
+
+def peek(x):
+    return torch.cat([x[:, 1:], x[:, :1]], dim=1)
+
+
+def mean_over_time(x):
+    return x - x.mean(1, keepdim=True)
+
+
+def mix_rows(x):
+    return x - x.mean(0, keepdim=True)
+
+
+def rounding_of_the_whole(x):
+    return x / (1 + x.abs().amax(1, keepdim=True)) * (1 + x.abs().amax(1, keepdim=True))
+
+
+def best_tokens_only(x):
+    return x * (x[..., :1] >= x[..., :1].topk(10, dim=1).values[:, -1:])
+
+
+@pytest.mark.parametrize("leak", [peek, mean_over_time, mix_rows, rounding_of_the_whole, best_tokens_only])
+def test_a_planted_leak_is_found(leak):
+    try:
+
+        class Leaky(Op, name="leaky", keeps_width=True):
+            def __init__(self, d_in, d_out):
+                super().__init__()
+
+            def forward(self, x):
+                return x + leak(x)
+
+        assert leaks(one("leaky"))
+        assert leaks(Genome((*g.transformer(1, 64, 4).genes, Gene("leaky"), *g.transformer(1, 64, 4).genes)))
+    finally:
+        del OPS["leaky"]
+
+
+def test_an_op_cannot_take_the_name_of_a_field():
+    with pytest.raises(ValueError, match="scale"):
+
+        class Clash(Op, name="clash"):
+            traits = {"scale": (1, 2)}
+
+    assert "clash" not in OPS
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Gradients and bfloat16.
+
+
+@pytest.mark.parametrize("op, traits", CASES, ids=label)
+def test_gradient_reaches_every_parameter(op, traits):
+    for wiring in ({}, {"skip": 1, "scale": True, "repeat": 2, "activation": "gelu"}):
+        model, idx = build(one(op, 128, **traits, **wiring)), tokens(2, 80)
+        model(idx, idx.roll(-1, 1)).backward()
+        for name, p in model.named_parameters():
+            assert p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("op, traits", COVER, ids=label)
+def test_finite_in_bfloat16_at_full_size(op, traits):
+    torch.manual_seed(0)
+    genome = Genome((Gene("norm"), gene(op, 512, skip=2, **traits)), embed_dim=512)
+    model, idx = Model(genome, VOCAB, torch.bfloat16), tokens(1, 2048)
+    loss = model(idx, idx.roll(-1, 1))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_same_seed_builds_the_same_model():
+    for genome in (*lineage(5, 5), *g.NAMED_DESIGNS.values()):
+        states = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            states.append(Model(genome, VOCAB).state_dict())
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Against the independent implementations.
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_linear_attention_is_the_recurrence(strength, length):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, d, dtype=torch.float64) for d in (8, 8, 5))
+    log_decay = -strength * torch.rand(2, 3, length, 8, dtype=torch.float64)
+    log_decay[0] = -strength  # the strongest there is, all along
+    expected = [
+        [reference.linear_recurrence(q[b, h], k[b, h], v[b, h], log_decay[b, h].exp()) for h in range(3)]
+        for b in range(2)
+    ]
+    expected = torch.stack([torch.stack(heads) for heads in expected])
+    torch.testing.assert_close(g.linear_attention(q, k, v, log_decay), expected, rtol=1e-9, atol=1e-9)
+    single = g.linear_attention(q.float(), k.float(), v.float(), log_decay.float())
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("traits", [{"decay": d} for d in OPS["retention"].traits["decay"]], ids=label)
+def test_retention_decays_as_declared(traits):
+    op, x = (
+        OPS["retention"](32, 32, **{"heads": 4, "position": "none", "gating": "none", **traits}),
+        torch.randn(1, 5, 32),
+    )
+    decay = op.log_decay(x).exp()
+    assert decay.shape == (1, 4, 5, 8) and (decay >= math.exp(g.MIN_LOG_DECAY)).all() and (decay <= 1).all()
+    fixed = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(4)])
+    if traits["decay"] in ("fixed", "learned"):
+        torch.testing.assert_close(decay, fixed.view(1, 4, 1, 1).expand_as(decay))
+    if traits["decay"] == "data":  # sigmoid ** (1 / 16), Yang et al. 2024
+        expected = torch.sigmoid(F.linear(x, op.forget.weight)) ** (1 / 16)
+        torch.testing.assert_close(decay, expected.view(1, 5, 4, 8).transpose(1, 2))
+
+
+@pytest.mark.parametrize("gating", OPS["ssm"].traits["gating"])
+@pytest.mark.parametrize("push", [-4.0, 0.0, 4.0])  # towards remembering, or towards forgetting
+def test_ssm_is_the_recurrence(gating, push):
+    torch.manual_seed(0)
+    op, x = OPS["ssm"](32, 64, gating=gating), torch.randn(200, 32)
+    op.forget_bias.data += push
+    weights = {name: p.double() for name, p in op.state_dict().items()}
+    expected = reference.ssm(x.double(), weights, g.MIN_LOG_DECAY)
+    torch.testing.assert_close(op(x[None])[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.03, 1.0, 10.0, 1e4])
+@pytest.mark.parametrize("length", [1, 7, 2048])
+def test_sparsemax_is_the_projection(scale, length):
+    torch.manual_seed(0)
+    scores = scale * torch.randn(20, length, dtype=torch.float64)
+    scores[5:10] += 1000  # shifting a row changes nothing
+    scores[10:] = scores[10:].masked_fill(torch.rand(10, length) < 0.5, -math.inf)
+    scores[10:, 0] = 0.0
+    scores[0] = 1.0  # all equal
+    ours, exact = scores.float().requires_grad_(), scores.float().double().requires_grad_()
+    y, expected = g.sparsemax(ours), torch.stack([reference.sparsemax(row) for row in exact])
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+    upstream = torch.randn(20, length)
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    far = ~((expected > 0) & (expected < 1e-6)).any(-1)  # rows whose support float32 can tell
+    assert far.sum() >= 15
+    torch.testing.assert_close(ours.grad[far].double(), exact.grad[far], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("experts, routing", [(4, "top1"), (8, "top2"), (2, "soft"), (4, "soft")])
+def test_routing_is_a_loop_over_tokens(experts, routing, shared):
+    torch.manual_seed(0)
+    op, x = OPS["moe_router"](64, 128, experts, routing, shared), torch.randn(2, 30, 64)
+    weights = {name: p.double() for name, p in op.state_dict().items()}
+    expected = reference.mixture(x.flatten(0, 1).double(), weights, op.top).view(2, 30, 128)
+    torch.testing.assert_close(op(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts, top", [(4, 1), (4, 2), (8, 2)])
+def test_grouped_routing_is_masked_routing(experts, top):
+    """The two ways of computing the same mixture agree, forward and backward, in bfloat16, also with idle experts."""
+    torch.manual_seed(0)
+    op = OPS["moe_router"](64, 128, experts, f"top{top}", False)
+    op.router.weight.data[0] = -op.router.weight.data[1]
+    x = torch.randn(100, 64).bfloat16()
+    probs = (op.router(x).float() - 50 * F.one_hot(torch.tensor(0), experts)).softmax(-1).detach()  # 0 is idle
+    results = []
+    for way in (op.by_mask, op.by_groups):
+        y = way(x, probs)
+        op.zero_grad()
+        y.float().square().mean().backward()
+        results.append((y.float(), op.up.weight.grad.clone(), op.out.weight.grad.clone()))
+    for masked, grouped in zip(*results, strict=True):
+        assert (masked - grouped).norm() < 0.02 * masked.norm()
+    assert results[1][1][0].abs().max() == 0
+
+
+DESIGNS = {
+    "gpt2": reference.gpt2(8, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=False, position="alibi")),
+    "llama": reference.llama(6, lambda x, w: reference.attention(x, w, 8, 4, qk_norm=False)),
+    "retnet": reference.gpt2(7, lambda x, w: reference.retention(x, w, 4)),
+    "parallel": reference.parallel(4, 4),
+    "evo-attention": reference.llama(
+        5, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=False, normalise=reference.sparsemax, gated=True)
+    ),
+    "transformer-6x256": reference.llama(6, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=True)),
+}
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_a_design_computes_what_its_paper_says(name):
+    genome = {**g.NAMED_DESIGNS, **g.ENTRANTS}[name]
+    model, idx = build(genome), tokens(1, 70)
+    ops = [{key: p.double() for key, p in block.op.state_dict().items()} for block in model.blocks]
+    embedding = model.enter.embedding.double()
+    head = 0.02 * embedding if genome.tied else model.leave.head.double()
+    with torch.no_grad():
+        expected = reference.language_model(idx, embedding, head, DESIGNS[name], ops)
+        torch.testing.assert_close(model(idx).double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def test_named_designs_can_be_compared():
+    assert set(g.NAMED_DESIGNS) == set(DESIGNS) - set(g.ENTRANTS)
+    for name, genome in {**g.NAMED_DESIGNS, **g.ENTRANTS}.items():
+        assert genome.num_params(8192) < 10_000_000, name
+    assert all(genome.num_params(8192) > 6_000_000 for genome in g.NAMED_DESIGNS.values())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Hostile genome files.
+
+GOOD = {"genes": [{"op": "attention", "dim": 256, "heads": 4}]}
+
+
+def with_gene(**fields) -> str:
+    return json.dumps({"genes": [{**GOOD["genes"][0], **fields}]})
+
+
+HOSTILE = {  # what the message has to name: the text
+    "op": [with_gene(op="no_such"), with_gene(op=None), with_gene(op=["linear"]), '{"genes": [{"dim": 64}]}'],
+    "dim": [with_gene(dim=x) for x in (10**9, 256.0, True, "256", None, -64, 0, [256], {}, 10**400, math.nan)],
+    "norm.dim": [json.dumps({"genes": [{"op": "norm", "dim": 256}]})],
+    "heads": [with_gene(heads=x) for x in (3, 4.0, "4", None, True, math.inf, 10**4000)],
+    "kernel": [with_gene(kernel=4)],
+    "skip": [with_gene(skip=x) for x in (-1, 2, 49, 10**30, 1.0, True, None, "1")],
+    "input": [with_gene(input=x) for x in (0, -1, 2, 10**30, 1.0, None)],
+    "activation": [with_gene(activation=x) for x in ("swish", None, 0, ["relu"])],
+    "repeat": [with_gene(repeat=x) for x in (0, 4, 10**9, True, "2")],
+    "scale": [with_gene(scale=x) for x in (0, 1, None, "true")],
+    "traits": [with_gene(traits=[["heads", 4]])],
+    "self": [with_gene(self=1)],
+    "unknown": [with_gene(unknown=1), json.dumps({**GOOD, "unknown": 1})],
+    "embed_dim": [json.dumps({**GOOD, "embed_dim": x}) for x in (10**9, 256.0, None, "256", math.nan, [[256]])],
+    "lr_factor": [json.dumps({**GOOD, "lr_factor": x}) for x in (1, 3.0, math.nan, math.inf, "1.0", None)],
+    "tied": [json.dumps({**GOOD, "tied": x}) for x in (0, 1, None, "false", [])],
+    "network": [json.dumps({**GOOD, "network": []})],
+    "genes": [
+        *("{}", "[]", "null", "3", '"genes"', '{"genes": {}}', '{"genes": null}', '{"genes": []}'),
+        json.dumps({"genes": GOOD["genes"] * 49}),
+        json.dumps({"genes": [None]}),
+        json.dumps({"genes": [[]]}),
+        '{"genes": [' + "[" * 800 + "]" * 800 + "]}",
+    ],
+    "twice": ['{"genes": [], "genes": []}', '{"genes": [{"op": "gru", "op": "linear", "dim": 64}]}'],
+    "JSON": ["", "{", "nul", "[" * 100_000, '{"genes": ' + "9" * 5000 + "}", "\x00", '{"a": "\ud800'],
+    "characters": ["x" * 100_000_000, json.dumps({"genes": GOOD["genes"] * 10_000}), None, 3, b"{}"],
+    r"\\x1b|\\ud800": ['{"genes": [], "\\u001b[31m": 1}', '{"genes": [], "\\ud800": 1}'],  # printable, always
+}
+
+
+@pytest.mark.parametrize("named", HOSTILE)
+def test_a_hostile_file_is_refused_by_name(named):
+    for text in HOSTILE[named]:
+        with pytest.raises(GenomeError, match=named) as caught:
+            Genome.from_json(text)
+        assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "data", [{"genes": [{1: 2, "op": "norm"}]}, {"genes": [], 3: 4}, {"genes": [{"op": "norm", "kind": 10**9999}]}]
+)
+def test_a_hostile_dict_is_refused(data):
+    with pytest.raises(GenomeError):
+        Genome.from_dict(data)
+
+
+def damaged(data, rng: random.Random):
+    """A copy of JSON data with something in it replaced, removed, doubled or renamed."""
+    junk = [None, True, -1, 0, 3, 2**70, 1.5, math.nan, -math.inf, "", "relu", "attention", [], {}, [[]], {"op": "gru"}]
+    data = copy.deepcopy(data)
+    spot = data
+    while True:
+        if not isinstance(spot, (dict, list)) or not spot:
+            return rng.choice(junk)
+        key = rng.choice(list(spot)) if isinstance(spot, dict) else rng.randrange(len(spot))
+        if isinstance(spot[key], (dict, list)) and spot[key] and rng.random() < 0.8:
+            spot = spot[key]
+            continue
+        action = rng.random()
+        if action < 0.5:
+            spot[key] = rng.choice(junk)
+        elif action < 0.7:
+            del spot[key]
+        elif isinstance(spot, list):
+            spot.extend(spot[: rng.choice((1, 60))])
+        else:
+            spot[rng.choice(["op", "dim", "heads", "extra", "skip", "input"])] = spot.pop(key)
+        return data
+
+
+def test_damage_makes_an_error_or_a_genome():
+    rng, outcomes = random.Random(0), {"refused": 0, "read": 0}
+    originals = [json.loads(genome.to_json()) for genome in lineage(0, 50)]
+    for _ in range(4000):
+        data = rng.choice(originals)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            data = damaged(data, rng)
+        text = json.dumps(data)
+        if rng.random() < 0.2:
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(string.printable) * rng.choice((0, 1, 5)) + text[at + 1 :]
+        try:
+            genome = Genome.from_json(text)
+        except GenomeError:
+            outcomes["refused"] += 1
+        else:
+            assert Genome.from_json(genome.to_json()) == genome and genome.num_params(VOCAB) > 0
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 200, outcomes
+
+
+def test_a_genome_can_be_pickled_and_cannot_be_changed():
+    genome = g.transformer(1, 64, 4)
+    assert pickle.loads(pickle.dumps(genome)) == copy.deepcopy(genome) == genome
+    with pytest.raises(AttributeError):
+        genome.embed_dim = 64
+    with pytest.raises(AttributeError):
+        genome.genes[0].dim = 64
+    with pytest.raises(AttributeError):
+        _ = genome.genes[0].heads  # a norm has none
+    assert genome.genes[1].heads == 4
