@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import gc
 import hashlib
 import itertools
@@ -44,7 +45,19 @@ import torch
 from tqdm import tqdm
 
 import prepare
-from genome import ENTRANTS, GENOME_TRAITS, MUTATIONS, OPS, WIDTHS, Genome, GenomeError, Model, crossover, mutate
+from genome import (
+    ENTRANTS,
+    GENOME_TRAITS,
+    MAX_SEQ_LEN,
+    MUTATIONS,
+    OPS,
+    WIDTHS,
+    Genome,
+    GenomeError,
+    Model,
+    crossover,
+    mutate,
+)
 from genome import random_genome as draw_genome
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,12 +84,14 @@ FINALISTS = 3  # best genomes that meet the best transformer
 FINAL_SEEDS = 5  # times that each is retrained
 FINAL_FACTOR = 2.0  # times the budget of the search
 # The machine
-WORKERS_PER_GPU = 3  # processes that take turns on a GPU: one trains while the others compile what comes next
+WORKERS_PER_GPU = 0  # processes: one trains while the others compile what comes next; 0: half the CPU cores, up to 8
 DEADLINE = 300  # seconds that building and compiling, or training and scoring beyond twice the budget, may take
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONSTANTS = {
-    name: value for name, value in globals().items() if name.isupper() and isinstance(value, int | float | str)
+    name: value
+    for name, value in globals().items()
+    if name.isupper() and isinstance(value, int | float | str) and name != "MAX_SEQ_LEN"  # that is genome.py's
 }
 DEMO = dict(  # the same program on a small scale: what --demo sets
     population_size=4,
@@ -124,12 +139,11 @@ def read_settings(args: argparse.Namespace) -> "Settings":
         "eval_tokens",
         "max_params",
         "finalists",
-        "workers_per_gpu",
         "deadline",
     ):
         if getattr(settings, name) < 1:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be at least 1")
-    for name in ("immigrants", "max_generations", "token_budget", "hurdle", "seed"):
+    for name in ("immigrants", "max_generations", "token_budget", "hurdle", "seed", "workers_per_gpu"):
         if not getattr(settings, name) >= 0:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: cannot be negative")
     for name in ("mutation_rate", "crossover_rate", "hurdle_sample"):
@@ -142,6 +156,8 @@ def read_settings(args: argparse.Namespace) -> "Settings":
         raise Stop(f"FINAL_SEEDS = {settings.final_seeds}: an interval needs at least 2")
     if settings.survivors + settings.immigrants >= settings.population_size:
         raise Stop("SURVIVORS + IMMIGRANTS have to be less than POPULATION_SIZE, or no child is ever bred")
+    if settings.seq_len > MAX_SEQ_LEN:
+        raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if settings.batch_tokens % settings.seq_len:
         raise Stop(f"BATCH_TOKENS = {settings.batch_tokens}: has to be a multiple of SEQ_LEN = {settings.seq_len}")
     if settings.strategy not in ("evolution", "random", "drift"):
@@ -330,13 +346,18 @@ class OnlyCompiled(Exception):
     """Raised in the place of running what was just compiled."""
 
 
-def inductor(graph, inputs):
-    """torch.compile's own backend, forward and backward at once, but with a stop before it runs."""
+def inductor(graph, inputs, tune: bool):
+    """torch.compile's own backend, forward and backward at once, but with a stop before it runs.
+
+    Without `tune` each kernel comes in one form, chosen by rule: trying several on the device would cost each new gene
+    more than it gains in a trial of seconds.
+    """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
+    untuned = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": True}
     with config.patch(force_non_lazy_backward_lowering=True):
-        run = compile_fx(graph, inputs)
+        run = compile_fx(graph, inputs, config_patches={} if tune else untuned)
 
     def run_unless_compile_only(*args):
         if compile_only:
@@ -350,13 +371,13 @@ def call(part, *args):
     return type(part).forward(part, *args)
 
 
-def compile_part(part: torch.nn.Module, key: tuple, inputs: list) -> str:
+def compile_part(part: torch.nn.Module, key: tuple, inputs: list, tune: bool = False) -> str:
     """Let part.forward run compiled; returns why it cannot, or an empty string. Nothing runs on the device."""
     global compile_only
     if key not in COMPILED:
         # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
         function = types.FunctionType(call.__code__.replace(co_name="_".join(map(str, key[:1]))), globals())
-        COMPILED[key] = torch.compile(function, backend=inductor, dynamic=False)
+        COMPILED[key] = torch.compile(function, backend=functools.partial(inductor, tune=tune), dynamic=False)
         compile_only = True
         try:
             COMPILED[key](part, *inputs)
@@ -384,18 +405,19 @@ def compile_model(model: Model, rows: int, seq_len: int) -> str:
 
     eager = []
     shape = (rows, seq_len, vocab_size)
-    compile_part(model.enter, ("enter", embed_dim, *shape), [idx])
+    compile_part(model.enter, ("enter", embed_dim, *shape), [idx], tune=True)
     for node, block in zip(genome.network, model.blocks, strict=True):
         if not OPS[node.gene.op].compiles:
             eager.append(node.gene.op)
             continue
-        inputs = [stream(node.d_in), None if node.skip is None else stream(node.d_skip)]
-        reason = compile_part(block, (node.gene.op, node.gene.bare, node.d_in, node.d_skip, *shape), inputs)
+        x, around = stream(node.d_in), node.skip == node.source  # a residual reads one tensor twice
+        skip = None if node.skip is None else x if around else stream(node.d_skip)
+        reason = compile_part(block, (node.gene.op, node.gene.bare, node.d_in, node.d_skip, around, *shape), [x, skip])
         if reason:
             eager.append(f"{node.gene.op} ({reason})")
     embedding = model.enter.embedding if genome.tied else None
     key = ("leave", genome.d_out, genome.tied and embed_dim, *shape)
-    compile_part(model.leave, key, [stream(genome.d_out), embedding, idx])
+    compile_part(model.leave, key, [stream(genome.d_out), embedding, idx], tune=True)
     return "eager: " + ", ".join(sorted(set(eager))) if eager else ""
 
 
@@ -404,7 +426,7 @@ def compile_model(model: Model, rows: int, seq_len: int) -> str:
 
 
 def check_network(genome: Genome, seed: int) -> str:
-    """ "leak" where a later token or another row of the batch changes what a model puts out, "dead" where no token does.
+    """Return leak where a later token or another row of the batch changes the logits, dead where no token does, or "".
 
     Runs the network with a small vocabulary on the CPU, where causality holds to the bit, with noise on every weight
     so that nothing hides behind a zero.
@@ -417,13 +439,13 @@ def check_network(genome: Genome, seed: int) -> str:
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         before = model(idx)
-        for t in (1, 64, 100, T - 1):
+        for row, t in ((0, 1), (1, 64), (0, 100), (1, T - 1)):
             changed = idx.clone()
-            changed[0, t:] = (changed[0, t:] + 1 + torch.randint(vocab_size - 1, (T - t,))) % vocab_size
+            changed[row, t:] = (changed[row, t:] + 1 + torch.randint(vocab_size - 1, (T - t,))) % vocab_size
             after = model(changed)
-            if not torch.equal(before[0, :t], after[0, :t]) or not torch.equal(before[1], after[1]):
+            if not torch.equal(before[row, :t], after[row, :t]) or not torch.equal(before[1 - row], after[1 - row]):
                 return "leak" if before.isfinite().all() else "nan"
-            if t == 1 and torch.equal(before[0, t:], after[0, t:]):
+            if t == 1 and torch.equal(before[row, t:], after[row, t:]):
                 return "dead"
     return ""
 
@@ -435,10 +457,12 @@ class DeviceData:
         self.device, self.vocab_size = device, data.vocab_size
         self.train, self.val, self.test = (prepare.to_device(t, device) for t in (data.train, data.val, data.test))
         self.token_bytes = data.token_bytes
+        # one stream for every capture: cuBLAS keeps a workspace for each stream that it ever saw
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
 
 
 class Trial:
-    """A genome built and compiled, ready to train on a device with `rows` windows at a time. No GPU work is done yet."""
+    """A genome built and compiled, ready to train on a device with `rows` windows at once. No GPU work is done yet."""
 
     def __init__(self, task: Task, data: DeviceData, settings: "Settings", rows: int):
         self.task, self.data, self.settings, self.rows = task, data, settings, rows
@@ -468,16 +492,16 @@ class Trial:
 
     def capture(self) -> Callable[[], None]:
         """The step as one CUDA graph, or as it is where it cannot be captured. Leaves the model as it was."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        stream = self.data.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 self.step()  # the schedule is zero, so no weight moves
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         step = graph.replay
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 self.step()
         except torch.OutOfMemoryError:
             raise
@@ -569,11 +593,10 @@ class Trial:
             torch.cuda.reset_peak_memory_stats()
         values |= self.train(self.capture() if self.on_gpu else self.step)
         if values["status"] == "ok":
-            values["val_bpb"] = self.score(self.data.val)
-            if not math.isfinite(values["val_bpb"]):
-                values |= dict(status="nan", val_bpb=None)
-            elif self.task.final:
-                values["test_bpb"] = self.score(self.data.test)
+            scores = {"val_bpb": self.score(self.data.val)}
+            if self.task.final:
+                scores["test_bpb"] = self.score(self.data.test)
+            values |= scores if all(map(math.isfinite, scores.values())) else dict(status="nan")
         if self.on_gpu:
             values["memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
         return values | dict(note=self.note, outside=round(time.perf_counter() - entered - values["seconds"], 3))
@@ -631,6 +654,7 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     logging.disable(logging.WARNING)
     if device != "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(torch.get_num_threads())
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     data = DeviceData(prepare.load(folder), torch.device(device))
@@ -644,6 +668,7 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
 
         try:
             pipe.send(EVALUATE(task, data, settings, wait_for_turn))
+            gc.freeze()  # what is left, modules and compiled code, stays: gc.collect need not look through it again
         except Exception:  # a result too: it is recorded, printed, and the process replaced
             trace = traceback.format_exc()
             pipe.send((result_of(task, "crash", note=trace.strip().splitlines()[-1][:200]), trace))
@@ -672,7 +697,8 @@ class Pool:
     def __init__(self, folder: Path, settings: "Settings"):
         gpus = torch.cuda.device_count()
         self.devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
-        self.per_device = settings.workers_per_gpu if gpus else 1
+        cores = os.cpu_count() or 1
+        self.per_device = (settings.workers_per_gpu or max(1, min(8, cores // 2 // gpus))) if gpus else 1
         self.folder, self.settings = folder, settings
         self.context = multiprocessing.get_context(START_METHOD)
         self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
@@ -682,7 +708,9 @@ class Pool:
         workers = self.per_device * len(self.devices)
         args = (theirs, device, self.folder, self.settings, workers)
         process = self.context.Process(target=worker, args=args, daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is ours, from the worker's first moment on
         process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()
         return Worker(process, ours, device)
 
@@ -701,21 +729,21 @@ class Pool:
             return s.deadline + 2 * s.time_budget * (s.final_factor if w.task.final else 1)
         return s.deadline
 
-    def replace(self, w: Worker, status: str, note: str) -> Result:
-        """Kill a worker, start another, and turn what it was doing into a result."""
+    def replace(self, w: Worker, status: str, note: str) -> Result | None:
+        """Kill a worker, start another, and turn what it was doing into a result; None where it was idle."""
         w.process.kill()
         w.process.join()
         if w.state == "starting":
             self.stop()
             raise Stop(f"A worker on {w.device} could not start ({note}); what it printed stands above")
         self.workers[self.workers.index(w)] = self.start(w.device)
-        return result_of(w.task, status, note=note)
+        return None if w.state == "idle" else result_of(w.task, status, note=note)
 
     def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
         queue, expected = collections.deque(tasks), len(tasks)
         while expected:
             for w in self.workers:
-                if w.state == "idle" and queue:
+                if w.state == "idle" and queue and w.process.is_alive():
                     w.task = queue.popleft()
                     w.become("preparing")
                     with contextlib.suppress(OSError):  # a dead worker is found below
@@ -797,24 +825,28 @@ class Record:
         self.read()
 
     def read(self):
-        if not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]  # a line torn by a crash or a full disk has no end
-        lines = whole.splitlines()
-        if len(lines) < 2:
-            if whole != text or not text:  # torn before the first result
-                return
-            raise Stop(f"{self.path} is not a results.tsv of this program; move it away, or use --out DIR")
         try:
-            self.run = json.loads(lines[0].removeprefix("# "))
-            if lines[1].split("\t") != COLUMNS:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise Stop(f"{self.path} cannot be read ({error.strerror}); move it away, or use --out DIR") from None
+        whole = content[: content.rfind(b"\n") + 1]  # a line torn by a crash or a full disk has no end
+        try:
+            first, names, *lines = whole.decode().split("\n")[:-1]
+            run = json.loads(first.removeprefix("# "))
+            if not isinstance(run, dict) or names.split("\t") != COLUMNS:
                 raise ValueError("other columns")
-            self.rows = [from_line(line) for line in lines[2:]]
+            self.run, self.rows = run, [from_line(line) for line in lines]
         except (ValueError, TypeError) as error:
-            raise Stop(f"{self.path} cannot be read ({error}); move it away, or use --out DIR") from None
-        if whole != text:
-            os.truncate(self.path, len(whole.encode()))
+            raise Stop(
+                f"{self.path} is no results.tsv of this program ({error}); move it away, or use --out DIR"
+            ) from None
+        if whole != content:
+            try:
+                os.truncate(self.path, len(whole))
+            except OSError as error:
+                raise Stop(f"Cannot write {self.path}: {error.strerror}") from None
 
     def begin(self, run: dict):
         """Start a new results.tsv."""
@@ -826,11 +858,13 @@ class Record:
         """Add one line, at once and whole."""
         size = self.path.stat().st_size
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(to_line(result).encode())
+            with open(self.path, "ab") as file:  # buffered: a write that a full disk cuts short raises an error
+                file.write(to_line(result).encode(errors="replace"))
+                file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            os.truncate(self.path, size)
+            with contextlib.suppress(OSError):  # else the next start drops the torn line
+                os.truncate(self.path, size)
             raise Stop(
                 f"Cannot write {self.path}: {error.strerror}. What it holds is intact; run again to go on"
             ) from None
@@ -842,10 +876,13 @@ class Record:
         folder = next(
             f for n in itertools.count() if not (f := self.path.parent / "runs" / f"{name}{f'-{n}' * (n > 0)}").exists()
         )
-        folder.mkdir(parents=True)
-        for file in ("best_genome.json", "progress.png", "results.tsv"):  # the record last: it is what makes it a run
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path.parent / file, folder / file)
+        try:
+            folder.mkdir(parents=True)
+            for file in ("best_genome.json", "progress.png", "results.tsv"):  # the record last: it makes it a run
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(self.path.parent / file, folder / file)
+        except OSError as error:
+            raise Stop(f"Cannot move the run in {self.path} to {folder}: {error.strerror}; use --out DIR") from None
         self.rows, self.run = [], None
         return folder
 
@@ -938,7 +975,7 @@ class Generation:
 
 
 def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size: int) -> Generation:
-    """The evaluations of a generation, from what came before it: survivors once more with a new seed, then newcomers."""
+    """The evaluations of a generation, from what came before it: survivors again with a new seed, then newcomers."""
     rng = random.Random(f"{settings.seed}/{generation}")
     earlier = [row for row in rows if row.generation < generation and row.is_search]
     survivors = select(earlier, settings, rng)
@@ -1071,7 +1108,7 @@ class Finalist:
 
 
 def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
-    """Everyone in the final, best on test first; empty before all of it is done."""
+    """Everyone in the final, best on test first, those with failures last; empty before all of it is done."""
     tasks = final_tasks(rows, settings)
     done = {(r.id, r.seed): r for r in rows if r.operator == "final" and r.generation == settings.max_generations}
     if not tasks or any((t.id, t.seed) not in done for t in tasks):
@@ -1100,7 +1137,7 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
                 len(mine) - len(ok),
             )
         )
-    return sorted(table, key=lambda f: f.test.mean)
+    return sorted(table, key=lambda f: (f.failed > 0, f.test.mean))
 
 
 def print_final(table: list[Finalist]):
@@ -1133,10 +1170,10 @@ def lineage(rows: list[Result], name: str) -> list[dict]:
 
 def write_best(out: Path, record: Record, settings: "Settings"):
     """best_genome.json: the winner of the final, before it the best of the search, with all it takes to check it."""
-    table = [f for f in final_table(record.rows, settings) if f.lead or not best_transformer(record.rows)]
     found = searched(record.rows)
     if not found:
         return
+    table = [f for f in final_table(record.rows, settings) if f.id in {c.id for c in found}]  # without the transformer
     best = next(c for c in found if not table or c.id == table[0].id)
     stage = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
     if table:
@@ -1288,8 +1325,8 @@ class Run:
         self.out, self.record, self.settings, self.data = out, record, settings, data
         self.pool = Pool(data.folder, settings)
 
-    def evaluate(self, title: str, tasks: list[Task], left_after: int = 0):
-        """Evaluate those of the tasks that the record lacks. left_after: evaluations of the run that come later."""
+    def evaluate(self, title: str, tasks: list[Task], left_after: int = 0) -> int:
+        """Evaluate those of the tasks that the record lacks; returns how many. left_after: those that come later."""
         done = {(r.generation, r.id, r.seed, r.operator) for r in self.record.rows}
         tasks = [t for t in tasks if (t.generation, t.id, t.seed, t.operator) not in done]
         with tqdm(
@@ -1311,10 +1348,11 @@ class Run:
                 self.record.append(result)
                 print_result(result)
                 bar.update()
+        return len(tasks)
 
     def report(self, title: str):
-        write_best(self.out, self.record, self.settings)
         draw(self.record.rows, self.out / "progress.png", title)
+        write_best(self.out, self.record, self.settings)  # last: it is what makes a run a finished one
 
 
 def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Dataset):
@@ -1328,9 +1366,9 @@ def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Datase
         for generation in range(generations):
             born = breed(record.rows, generation, settings, data.vocab_size)
             later = (generations - generation - 1) * per_generation + finals
-            run.evaluate(f"generation {generation + 1}/{generations}", born.tasks, later)
-            print(generation_text(record.rows, generation, born), flush=True)
-            run.report(title)
+            if run.evaluate(f"generation {generation + 1}/{generations}", born.tasks, later):
+                print(generation_text(record.rows, generation, born), flush=True)
+                run.report(title)
         finish(run, title)
     finally:
         run.pool.stop()
@@ -1346,6 +1384,16 @@ def finish(run: Run, title: str):
     if table:
         print_final(table)
     run.report(title)
+
+
+def is_finished(record: Record, settings: "Settings") -> bool:
+    """Whether every generation and the final are evaluated, and best_genome.json tells of the final."""
+    searches = sum(r.is_search and r.generation < settings.max_generations for r in record.rows)
+    if searches < settings.population_size * settings.max_generations or not final_table(record.rows, settings):
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(record.path.with_name("best_genome.json").read_text(encoding="utf-8"))["stage"] == "final"
+    return False
 
 
 def budget_text(settings: "Settings") -> str:
@@ -1449,7 +1497,7 @@ def start(args: argparse.Namespace):
     record, run = Record(out), describe_run(settings, data, device)
     if record.run is not None and not args.final:
         differs = [name for name in run if record.run.get(name) != run[name]]
-        if differs or final_table(record.rows, settings):
+        if differs or is_finished(record, settings):
             why = f"differs in {', '.join(differs)}" if differs else "is finished"
             print(f"The run in {record.path} {why}; it was moved to {record.move_away()}")
         else:
@@ -1469,8 +1517,9 @@ def start(args: argparse.Namespace):
             runner.pool.stop()
     if record.run is None:
         record.begin(run)
+    tokens = data.meta["splits"]["train"]["tokens"]
     print(
-        f"{data.source}: {data.meta['splits']['train']['tokens']:,} training tokens. {budget_text(settings)} a trial on {device}, "
+        f"{data.source}: {tokens:,} training tokens. {budget_text(settings)} a trial on {device}, "
         f"{settings.max_generations} generations of {settings.population_size}. Results in {record.path}\n",
         flush=True,
     )

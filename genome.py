@@ -35,6 +35,7 @@ MAX_JSON = 200_000  # characters of a genome file; more is refused unread
 LOGIT_CAP = 15.0  # logits are soft-capped to +-15 (Gemma 2, 2024)
 RESIDUAL_INIT = 0.1  # the last matrix of a residual branch starts this much smaller
 MIN_LOG_DECAY = -1.0  # a recurrent state keeps at least 1/e of itself a token: 64 of them still fit in float32
+MAX_SEQ_LEN = 4_096  # tokens that a model can see at once
 CHUNK = 64  # tokens that recurrent ops treat in parallel
 HALFWAY = 46 * math.log(2)  # about half of what can decay in a chunk; its exponential is a power of two, exact in bf16
 
@@ -122,14 +123,21 @@ def rms_norm(x, gain=None):
     return F.rms_norm(x, (x.size(-1),), None if gain is None else gain.to(x.dtype), eps=1e-5)
 
 
-def rotate(x):
-    """Rotary position embedding (Su et al. 2021) of (B, H, T, D), D even."""
-    T, D = x.shape[-2:]
-    speed = 10_000 ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None] * speed
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021) of (B, H, T, D), D even, T <= MAX_SEQ_LEN, from a table."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        speed = 10_000 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angle = torch.arange(MAX_SEQ_LEN, dtype=torch.float32)[:, None] * speed
+        self.register_buffer("cos", angle.cos(), persistent=False)  # (MAX_SEQ_LEN, D / 2)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x):
+        T = x.size(-2)
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class LinearOp(Op, name="linear"):
@@ -212,13 +220,17 @@ class Attention(Op, name="attention", mixes_tokens=True):
     """Causal attention (Vaswani et al. 2017), in every form that the earlier programs could evolve.
 
     kv_heads: each query head its own keys and values, pairs of heads sharing them (Ainslie et al. 2023, GQA), or one
-    for all (Shazeer 2019, MQA). position: rotary, ALiBi (Press et al. 2022) or none. window: 0 for all, else the last
-    so many tokens. similarity: dot, cosine (Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a
-    head), or multiplicative (Luong et al. 2015, a matrix between query and key). normalisation: softmax, sparsemax,
-    relu divided by the number of keys (Wortsman et al. 2023), sigmoid shifted by its logarithm (Ramapuram et al. 2024).
-    temperature: fixed, learned per head, or computed from each query. gating: on the values, on what comes out (Qiu et
-    al. 2025), or highway (Srivastava et al. 2015). qk_norm (Henry et al. 2020). latent: keys and values come out of a bottleneck of
-    that width (DeepSeek-V2 2024, MLA). memory: learned tokens that every query sees (Sukhbaatar et al. 2019).
+        for all (Shazeer 2019, MQA).
+    position: rotary, ALiBi (Press et al. 2022) or none. window: 0 for all, else the last so many tokens.
+    similarity: dot, cosine (times 10; Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a head), or
+        multiplicative (Luong et al. 2015, a matrix between query and key).
+    normalisation: softmax, sparsemax (Martins & Astudillo 2016), relu divided by the number of keys (Wortsman et al.
+        2023), sigmoid shifted by the logarithm of that number (Ramapuram et al. 2024).
+    temperature: fixed, learned per head, or computed from each query.
+    gating: on the values, on what comes out (Qiu et al. 2025), or highway (Srivastava et al. 2015).
+    qk_norm: RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023).
+    latent: keys and values come out of a bottleneck of that width (DeepSeek-V2 2024, MLA).
+    memory: learned tokens that every query sees (Sukhbaatar et al. 2019); to rope they stand at position 0.
     """
 
     traits = {
@@ -254,6 +266,8 @@ class Attention(Op, name="attention", mixes_tokens=True):
         self.kv = {"all": self.heads, "half": self.heads // 2, "one": 1}[self.kv_heads]
         D = self.head_dim = d_out // self.heads
         self.q = Linear(d_in, d_out)
+        if self.position == "rope":
+            self.rotary = Rotary(D)
         if self.latent:
             self.down = Linear(d_in, self.latent)
         self.k = Linear(self.latent or d_in, self.kv * D)
@@ -290,7 +304,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if self.position == "rope":
-            q, k = rotate(q), rotate(k)
+            q, k = self.rotary(q), self.rotary(k)
         if self.memory:
             k = torch.cat([self.memory_k.to(k.dtype).expand(B, -1, -1, -1), k], dim=2)
             v = torch.cat([self.memory_v.to(v.dtype).expand(B, -1, -1, -1), v], dim=2)
@@ -433,6 +447,8 @@ class Retention(Op, name="retention", mixes_tokens=True):
         self.heads, self.decay, self.position, self.gating = heads, decay, position, gating
         self.q, self.k, self.v = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_in, d_out)
         self.out = Linear(d_out, d_out)
+        if position == "rope":
+            self.rotary = Rotary(d_out // heads)
         if decay == "learned":
             fixed = -torch.log1p(-(2.0 ** (-5 - torch.arange(heads))))
             self.decay_logit = nn.Parameter(fixed.expm1().log())  # softplus gives RetNet's own at the start
@@ -460,7 +476,7 @@ class Retention(Op, name="retention", mixes_tokens=True):
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in fused_linear(x, self.q, self.k, self.v))
         if self.position == "rope":
-            q, k = rotate(q), rotate(k)
+            q, k = self.rotary(q), self.rotary(k)
         y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
         y = rms_norm(y).transpose(1, 2).reshape(B, T, -1)
         return self.out(y * F.silu(self.gate(x)) if self.gating == "output" else y)
@@ -479,7 +495,9 @@ class Ssm(Op, name="ssm", mixes_tokens=True):
         super().__init__()
         self.gating = gating
         self.u, self.forget, self.out = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_out, d_out)
-        self.forget_bias = nn.Parameter(torch.linspace(-6.0, 1.0, d_out))  # half-lives from 280 tokens to less than one
+        self.forget_bias = nn.Parameter(
+            7 * torch.arange(d_out) / (d_out - 1) - 6
+        )  # -6 to 1: half-lives from 280 tokens to less than one
         if gating == "output":
             self.gate = Linear(d_in, d_out)
 
@@ -920,7 +938,7 @@ class Block(nn.Module):
             y = y * self.gain.to(y.dtype)
         if skip is not None:
             y = y + (self.project(skip) if self.project is not None else skip)
-        return y
+        return y.contiguous()  # so that a gene is compiled for one layout of what it reads
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -979,6 +997,7 @@ class Model(nn.Module):
 
     def forward(self, idx, targets=None, reduction="mean"):
         assert idx.dim() == 2 and idx.dtype == torch.int64, "idx has to be (B, T) int64"
+        assert idx.size(1) <= MAX_SEQ_LEN, f"{idx.size(1)} tokens at once, over MAX_SEQ_LEN = {MAX_SEQ_LEN}"
         states = [self.enter(idx)]  # (B, T, embed_dim)
         for node, block in zip(self.genome.network, self.blocks, strict=True):
             states.append(block(states[node.source], None if node.skip is None else states[node.skip]))
@@ -1242,14 +1261,14 @@ def mlp(n_layer: int, dim: int) -> Genome:
 
 
 ENTRANTS = {  # twelve evaluations, as many as a generation: eight transformers, so that the best of them is tuned
-    "transformer-4x256": transformer(4, 256, 4),
-    "transformer-6x256": transformer(6, 256, 4),
-    "transformer-3x320": transformer(3, 320, 4),
-    "transformer-4x256-lr2": transformer(4, 256, 4, lr_factor=2.0),
-    "transformer-3x320-lr2": transformer(3, 320, 4, lr_factor=2.0),
-    "transformer-3x320-lr0.5": transformer(3, 320, 4, lr_factor=0.5),
-    "transformer-2x384": transformer(2, 384, 4),
-    "transformer-4x192": transformer(4, 192, 4),
+    "transformer-4x256": transformer(4, 256, 2),
+    "transformer-4x256-lr1.4": transformer(4, 256, 2, lr_factor=1.4),
+    "transformer-4x256-lr2": transformer(4, 256, 2, lr_factor=2.0),
+    "transformer-3x256-lr1.4": transformer(3, 256, 2, lr_factor=1.4),
+    "transformer-5x256-lr1.4": transformer(5, 256, 2, lr_factor=1.4),
+    "transformer-6x256-lr1.4": transformer(6, 256, 2, lr_factor=1.4),
+    "transformer-3x320-lr1.4": transformer(3, 320, 2, lr_factor=1.4),
+    "transformer-4x192-lr1.4": transformer(4, 192, 2, lr_factor=1.4),
     "convnet-4x256": convnet(4, 256),
     "gru-2x256": gru_net(2, 256),
     "gru-1x384": gru_net(1, 384),

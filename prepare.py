@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------
 # Constants: text and tokens. The next call after a change tokenizes again.
 
-VOCAB_SIZE = 8192  # tokens, BOS included
+VOCAB_SIZE = 8192  # tokens, BOS included; 65,536 at most, as they are stored in 16 bits
 BOS = "<|bos|>"  # stands before every document
 SPLIT_PATTERN = (  # GPT-4's, but a number is cut every two digits, not three: kinder to a small vocabulary
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
@@ -63,7 +63,7 @@ SPLIT_PATTERN = (  # GPT-4's, but a number is cut every two digits, not three: k
 )
 TOKENIZER_CHARS = 100_000_000  # characters of training text the tokenizer is trained on: the first ones
 TOKENIZER_DOC_CHARS = 10_000  # characters it may see of one document
-PIECE_CHARS = 20_000  # longer documents are encoded in pieces: tiktoken takes the square of an unbroken run
+PIECE_CHARS = 20_000  # longer documents are encoded in pieces: a long unbroken run is slow, or overflows the regex
 DEMO_CHARS = 8_000_000  # characters of source code in the demo
 DEMO_HELD_OUT = 10  # one file in so many is held out
 FORMAT = 1  # of the files written; raise it when they change
@@ -702,7 +702,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--shards", type=int, help=f"training shards of FineWeb-Edu, {SHARDS} at first")
+    source.add_argument("--shards", type=int, help=f"training shards of FineWeb-Edu (default {SHARDS}, or as prepared)")
     source.add_argument("--data-dir", metavar="DIR", help="folder of parquet shards with a `text` column")
     source.add_argument("--demo", action="store_true", help="the Python standard library's source files")
     args = parser.parse_args()

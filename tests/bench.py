@@ -31,7 +31,7 @@ import prepare
 from genome import OPS, Block, Gene, Genome, random_genome, transformer
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
-REFERENCE = transformer(6, 256, 4)
+REFERENCE = transformer(6, 256, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class HandBlock(nn.Module):
 
 
 class HandModel(nn.Module):
-    def __init__(self, vocab_size, seq_len, n_layer=6, dim=256, heads=4, hidden=704):
+    def __init__(self, vocab_size, seq_len, n_layer=6, dim=256, heads=2, hidden=704):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(vocab_size, dim))
         self.blocks = nn.ModuleList(HandBlock(dim, heads, hidden) for _ in range(n_layer))
@@ -148,7 +148,7 @@ def hand_written(tokens, vocab_size, rows, seq_len, device):
     return graph.replay
 
 
-def tokens_per_second(step, tokens_a_step, seconds=4.0):
+def tokens_per_second(step, tokens_a_step, seconds=2.0):
     for _ in range(20):
         step()
     torch.cuda.synchronize()

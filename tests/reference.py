@@ -50,11 +50,28 @@ def sparsemax(z):
     return (z - (s[:k_max].sum() - 1) / k_max).clamp(min=0)
 
 
-def attention(x, w, heads, kv_heads, qk_norm, position="rope", normalise=softmax, gated=False):
-    """Causal self-attention of one sequence (T, C), head by head, query by query."""
-    q, k, v = (x @ w[f"{name}.weight"].T for name in "qkv")
-    D = q.size(-1) // heads
-    rows = []
+NORMALISE = {  # scores of one query -> weights
+    "softmax": softmax,
+    "sparsemax": sparsemax,
+    "relu": lambda z: z.clamp(min=0) / len(z),
+    "sigmoid": lambda z: torch.sigmoid(z - math.log(len(z))),
+}
+
+
+def attention(
+    x, w, heads, kv_heads, qk_norm, position="rope", window=0, similarity="dot", normalisation="softmax", gating="none"
+):
+    """Causal self-attention of one sequence (T, C), head by head, query by query.
+
+    Learned temperature, bottleneck of keys and values, and memory tokens are there where w has their weights.
+    """
+    D, M = w["q.weight"].size(0) // heads, w["memory_k"].size(1) if "memory_k" in w else 0
+    source = rms_norm(x @ w["down.weight"].T) if "down.weight" in w else x
+    q, k, v = x @ w["q.weight"].T, source @ w["k.weight"].T, source @ w["v.weight"].T
+    gate = torch.sigmoid(x @ w["gate.weight"].T) if gating != "none" else None
+    if gating == "input":
+        v = v * gate
+    out = []
     for h in range(heads):
         kv = h * kv_heads // heads
         qh, kh, vh = q[:, h * D : (h + 1) * D], k[:, kv * D : (kv + 1) * D], v[:, kv * D : (kv + 1) * D]
@@ -62,19 +79,37 @@ def attention(x, w, heads, kv_heads, qk_norm, position="rope", normalise=softmax
             qh, kh = rms_norm(qh), rms_norm(kh)
         if position == "rope":
             qh, kh = rope(qh), rope(kh)
-        out = []
-        for t in range(len(x)):
-            scores = kh[: t + 1] @ qh[t] / math.sqrt(D)
+        if M:  # tokens 0 to M - 1 are the memory
+            kh, vh = torch.cat([w["memory_k"][kv], kh]), torch.cat([w["memory_v"][kv], vh])
+        rows = []
+        for t, query in enumerate(qh):
+            first = max(0, t + 1 - window) if window else 0
+            seen = [*range(M), *range(M + first, M + t + 1)]
+            keys = kh[seen]
+            if similarity == "dot":
+                scores = keys @ query / math.sqrt(D)
+            elif similarity == "cosine":
+                scores = 10 * (keys @ query) / (keys.norm(dim=1) * query.norm())
+            elif similarity == "multiplicative":
+                scores = keys @ (w["between.weight"][h] @ query) / math.sqrt(D)
+            else:
+                scores = torch.tanh(keys @ w["k_hidden"][h] + query @ w["q_hidden"][h]) @ w["hidden_out"][h]
             if "log_sharpness" in w:
                 scores = scores * w["log_sharpness"][h].exp()
+            if "sharpness" in w:
+                scores = scores * torch.tanh(w["sharpness"][h] @ x[t]).exp()
             if position == "alibi":
-                scores = scores - 2 ** (-8 * (h + 1) / heads) * torch.arange(t, -1, -1)
-            out.append(normalise(scores) @ vh[: t + 1])
-        rows.append(torch.stack(out))
-    y = torch.cat(rows, dim=-1)
-    if gated:
-        y = y * torch.sigmoid(x @ w["gate.weight"].T)
-    return y @ w["out.weight"].T
+                distance = torch.tensor([0] * M + list(range(t - first, -1, -1)))
+                scores = scores - 2 ** (-8 * (h + 1) / heads) * distance
+            rows.append(NORMALISE[normalisation](scores) @ vh[seen])
+        out.append(torch.stack(rows))
+    y = torch.cat(out, dim=-1)
+    if gating == "output":
+        y = y * gate
+    y = y @ w["out.weight"].T
+    if gating == "highway":
+        y = gate * y + (1 - gate) * (x @ w["carry.weight"].T if "carry.weight" in w else x)
+    return y
 
 
 def linear_recurrence(q, k, v, decay):
@@ -98,8 +133,26 @@ def retention(x, w, heads):
     return (silu(x @ w["gate.weight"].T) * torch.cat(out, dim=-1)) @ w["out.weight"].T
 
 
+def gru(x, w):
+    """A gated recurrent unit over one sequence (T, C) (Cho et al. 2014, with cuDNN's two biases)."""
+    H = w["h_to_h.weight"].size(1)
+    h, out = torch.zeros(H, dtype=x.dtype), []
+    for token in x:
+        r_x, z_x, n_x = (w["x_to_h.weight"] @ token + w["bias"][0]).split(H)
+        r_h, z_h, n_h = (w["h_to_h.weight"] @ h + w["bias"][1]).split(H)
+        z = torch.sigmoid(z_x + z_h)
+        h = (1 - z) * torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h) + z * h
+        out.append(h)
+    return torch.stack(out)
+
+
+def convolution(x, weight):
+    """y_t = sum_j W_j x_(t - j) of one sequence (T, C), weight (kernel, out, in)."""
+    return torch.stack([sum(W @ x[t - j] for j, W in enumerate(weight) if t >= j) for t in range(len(x))])
+
+
 def ssm(x, w, log_a_min):
-    """h_t = a_t h_(t-1) + (1 - a_t) u_t of one sequence (T, C), a_t = exp(-softplus(W x_t + b)), not below the minimum."""
+    """h_t = a_t h_(t-1) + (1 - a_t) u_t, log a_t = max(-softplus(W x_t + b), log_a_min), of one sequence (T, C)."""
     u, forget = x @ w["u.weight"].T, x @ w["forget.weight"].T + w["forget_bias"]
     a = (-(1 + forget.exp()).log()).clamp(min=log_a_min).exp()
     h, out = torch.zeros(u.size(1), dtype=u.dtype), []
@@ -134,7 +187,7 @@ def swiglu(x, w):
 
 
 def language_model(idx, embedding, head, layers, ops):
-    """Logits (B, T, vocab) of idx (B, T); `layers` maps a residual stream (T, C) and the weights of ops to the stream."""
+    """Logits (B, T, vocab) of idx (B, T); `layers` maps a stream (T, C) and the weights of its ops to a stream."""
     logits = []
     for tokens in idx:
         x = layers(rms_norm(embedding[tokens]), iter(ops))

@@ -9,8 +9,10 @@ import math
 import pickle
 import random
 import string
+import tracemalloc
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import reference
@@ -20,33 +22,42 @@ import torch.nn.functional as F
 import genome as g
 from genome import OPS, Gene, Genome, GenomeError, Model, Op
 
-VOCAB = 32
+VOCAB = 256
 LONG = 2 * g.CHUNK + 22  # tokens: three chunks, the last one not full
 BEYOND_WINDOWS = 330  # tokens: more than the widest attention window
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small are done sooner by one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def gene(op: str, dim: int = 64, **fields) -> Gene:
     return Gene(op, None if OPS[op].keeps_width else dim, **fields)
 
 
-def one(op: str, dim: int = 64, embed_dim: int = 64, **fields) -> Genome:
-    """The genome of a single gene."""
-    return Genome((gene(op, dim, **fields),), embed_dim=embed_dim)
+def one(op: str, dim: int = 64, **fields) -> Genome:
+    """The genome of a single gene on an embedding of 64 channels."""
+    return Genome((gene(op, dim, **fields),), embed_dim=64)
 
 
 def narrow(genome: Genome) -> Genome:
-    """The same wiring, 64 channels wide (128 where it was above 256), so that hundreds can be run."""
+    """The same wiring at 64 channels (128 in place of 512), so that hundreds can be run."""
 
     def width(dim):
-        return 64 if dim <= 256 else 128
+        return 128 if dim == 512 else 64
 
     genes = [x.change(dim=width(x.dim)) if x.dim else x for x in genome.genes]
     return replace(genome, genes=tuple(genes), embed_dim=width(genome.embed_dim))
 
 
-def build(genome: Genome, dtype=torch.float32, vocab: int = VOCAB) -> Model:
+def build(genome: Genome) -> Model:
     """A model whose every weight is random, whatever it starts as, and depends on its name and shape alone."""
-    model = Model(genome, vocab, dtype)
+    model = Model(genome, VOCAB)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name}{p.shape}".encode())))
         p.data = noise / math.sqrt(p.size(-1)) if p.dim() > 1 else p.data + 0.3 * noise
@@ -57,16 +68,19 @@ def tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows * length))
 
 
-def leaks(genome: Genome, length: int = LONG, at=(1, 40, 63, 64, 65, 127, 128, LONG - 1)) -> list[int]:
-    """The tokens whose change shows in a logit before them. Each is changed in a row of its own, rows seen together."""
+def leaks(genome: Genome, length: int = LONG, at=(1, 40, 63, 64, 65, 127, 128, LONG - 1)) -> list[int] | None:
+    """The tokens whose change shows in a logit before them; None where a change shows nowhere, so nothing is tested.
+
+    Each is changed in a row of its own, and the rows are seen together, so that a leak from row to row shows as well.
+    """
     model, idx = build(genome), tokens(len(at), length)
     changed = idx.clone()
     for row, t in enumerate(at):
         changed[row, t] = (changed[row, t] + 7) % VOCAB
     with torch.no_grad():
         before, after = model(idx), model(changed)
-    for row, t in enumerate(at):  # the change has to show somewhere, or nothing is tested
-        assert not torch.equal(before[row, t], after[row, t])
+    if any(torch.equal(before[row, t], after[row, t]) for row, t in enumerate(at)):
+        return None
     return [t for row, t in enumerate(at) if not torch.equal(before[row, :t], after[row, :t])]
 
 
@@ -96,7 +110,9 @@ COVER = [
 
 
 def label(value):
-    return "-".join(f"{k}={v}" for k, v in value.items()) or "plain" if isinstance(value, dict) else None
+    """The traits of a case, for the name of its test."""
+    if isinstance(value, dict):
+        return "-".join(f"{name}={choice}" for name, choice in value.items()) or "plain"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -106,37 +122,43 @@ def label(value):
 @pytest.mark.parametrize("seed", range(4))
 def test_ten_thousand_genomes_are_valid_and_new(seed):
     rng = random.Random(seed)
-    family, born = [g.random_genome(rng) for _ in range(500)], 0
-    while born < 2000:
-        parents = [rng.choice(family) for _ in range(1 + born % 2)]
+    family = [g.random_genome(rng) for _ in range(500)]
+    for n in range(2000):
+        parents = [rng.choice(family) for _ in range(1 + n % 2)]
         written = [parent.to_json() for parent in parents]
-        child = g.crossover(*parents, rng) if len(parents) == 2 else g.mutate(*parents, rng, 0.3)
+        child, operator = g.crossover(*parents, rng) if len(parents) == 2 else g.mutate(*parents, rng, 0.3)
         assert [parent.to_json() for parent in parents] == written
-        assert child.genome.key not in [parent.key for parent in parents]
-        assert all(name in g.MUTATIONS or name == "crossover" for name in child.operator.split("+"))
-        family[rng.randrange(len(family))] = child.genome
-        again = Genome.from_json(child.genome.to_json())
-        assert again == child.genome and again.to_json() == child.genome.to_json() and again.key == child.genome.key
-        assert again.network == child.genome.network and 1 <= len(again.genes) <= g.MAX_GENES
-        born += 1
+        assert child.key not in [parent.key for parent in parents]
+        assert all(name in g.MUTATIONS or name == "crossover" for name in operator.split("+"))
+        again = Genome.from_json(child.to_json())
+        assert again == child and again.to_json() == child.to_json()
+        assert again.key == child.key and again.network == child.network
+        family[rng.randrange(len(family))] = child
+
+
+def test_a_child_of_near_twins_is_neither():
+    rng, a, b = random.Random(0), one("linear"), one("linear", activation="relu")
+    assert all(g.crossover(a, b, rng).genome.key not in (a.key, b.key) for _ in range(1000))
 
 
 def test_breeding_repeats_with_the_same_rng():
     assert [x.to_json() for x in lineage(3, 50)] == [x.to_json() for x in lineage(3, 50)]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_genomes_run_and_do_not_leak(seed):
-    for genome in map(narrow, lineage(seed, 14)):
+@pytest.mark.parametrize("seed", range(10))
+def test_random_genomes_train_and_do_not_leak(seed):
+    family, reached, leaking = [narrow(genome) for genome in lineage(seed, 14)], [], []
+    for genome in family:
         torch.manual_seed(seed)
-        model, idx = Model(genome, VOCAB), tokens(2, 70)
+        model, idx = Model(genome, VOCAB), tokens(1, 70)
         assert sum(p.numel() for p in model.parameters()) == genome.num_params(VOCAB)
-        loss = model(idx, idx.roll(-1, 1))
-        assert model(idx).shape == (2, 70, VOCAB) and model(idx, idx, reduction="none").shape == (2, 70)
-        if loss.isfinite():  # relu squared over and over can overflow; that genome gets a status, not a score
-            loss.backward()
-            assert all(p.grad is not None for p in model.parameters())
-        assert not leaks(genome, 70, (1, 63, 64, 65, 69)), genome.to_json()
+        model(idx, idx.roll(-1, 1)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters()), genome
+        reached.append(all(p.grad.abs().max() > 0 for p in model.parameters()))
+        leaking.append(leaks(genome, 70, (1, 63, 64, 69)))
+    assert not any(leaking), [genome.to_json() for genome, leak in zip(family, leaking, strict=True) if leak]
+    # relu squared over and over, with no norm between, underflows: rare, and such a genome cannot win
+    assert min(reached.count(True), leaking.count([])) >= 0.85 * len(family)
 
 
 def test_every_operator_acts_and_reaches_everything():
@@ -188,6 +210,9 @@ def test_key_ignores_what_computes_nothing():
         torch.manual_seed(0)
         assert other.key == plain.key and other.num_params(VOCAB) == plain.num_params(VOCAB)
         assert torch.equal(Model(other, VOCAB)(idx), expected)
+    for fields in ({"skip": 1}, {"activation": "relu"}):  # to repeat these changes nothing
+        assert one("identity", repeat=3, **fields).key == one("identity", **fields).key
+    assert one("identity", repeat=3, activation="tanh").key != one("identity", activation="tanh").key
 
 
 def test_key_ignores_the_order_of_unrelated_genes():
@@ -230,17 +255,18 @@ def test_a_trait_changes_what_is_computed(op, name, choice):
 @pytest.mark.parametrize("op, traits", CASES, ids=label)
 def test_no_op_sees_the_future(op, traits):
     if traits.get("window"):
-        assert not leaks(one(op, **traits), BEYOND_WINDOWS, (1, 64, 65, 256, 257, BEYOND_WINDOWS - 1))
+        assert leaks(one(op, **traits), BEYOND_WINDOWS, (1, 64, 65, 256, 257, BEYOND_WINDOWS - 1)) == []
     else:
-        assert not leaks(one(op, **traits))
+        assert leaks(one(op, **traits)) == []
 
 
-@pytest.mark.parametrize("op, count", [("attention", 160), ("retention", 50), ("conv1d", 15), ("moe_router", 15)])
+@pytest.mark.parametrize("op, count", [("attention", 120), ("retention", 50), ("conv1d", 15), ("moe_router", 15)])
 def test_no_combination_of_traits_sees_the_future(op, count):
     rng = random.Random(op)
-    for _ in range(count):
-        x = random_trait_gene(rng, op)
-        assert not leaks(Genome((x,), embed_dim=64), 80, (1, 63, 64, 65, 79)), x
+    genes = [random_trait_gene(rng, op) for _ in range(count)]
+    leaking = [leaks(Genome((x,), embed_dim=64), 80, (1, 63, 64, 79)) for x in genes]
+    assert not any(leaking), [x for x, leak in zip(genes, leaking, strict=True) if leak]
+    assert leaking.count([]) >= 0.95 * count  # relu attention may attend to nothing
 
 
 def peek(x):
@@ -255,15 +281,15 @@ def mix_rows(x):
     return x - x.mean(0, keepdim=True)
 
 
-def rounding_of_the_whole(x):
-    return x / (1 + x.abs().amax(1, keepdim=True)) * (1 + x.abs().amax(1, keepdim=True))
+def rounding(x):
+    return (x + x.mean(1, keepdim=True)) - x.mean(1, keepdim=True)
 
 
-def best_tokens_only(x):
-    return x * (x[..., :1] >= x[..., :1].topk(10, dim=1).values[:, -1:])
+def best_half_of_the_tokens(x):
+    return x * (x[..., :1] >= x[..., :1].median(1, keepdim=True).values)
 
 
-@pytest.mark.parametrize("leak", [peek, mean_over_time, mix_rows, rounding_of_the_whole, best_tokens_only])
+@pytest.mark.parametrize("leak", [peek, mean_over_time, mix_rows, rounding, best_half_of_the_tokens])
 def test_a_planted_leak_is_found(leak):
     try:
 
@@ -323,6 +349,42 @@ def test_the_same_seed_builds_the_same_model():
 
 # ------------------------------------------------------------------------------------------------------------------
 # Against the independent implementations.
+
+
+def computes(op: Op, expected, x):
+    """Whether op does to x (T, C) what expected(x, weights) does, in float64 up to the float32 that op uses inside."""
+    weights = {name: p.detach().double() for name, p in op.state_dict().items()}
+    torch.testing.assert_close(op.double()(x[None])[0], expected(x, weights), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))  # a multiple of every number of choices: together they cover each
+def test_attention_in_every_form(seed):
+    torch.manual_seed(seed)
+    rng, x = random.Random(seed), torch.randn(80, 64, dtype=torch.float64)
+    covered = {name: choices[seed % len(choices)] for name, choices in OPS["attention"].traits.items()}
+    for traits in (covered, *({n: rng.choice(c) for n, c in OPS["attention"].traits.items()} for _ in range(4))):
+        model = build(one("attention", 64 if traits["heads"] < 8 else 128, **traits))
+        op, settled = model.blocks[0].op, dict(model.genome.genes[0].traits)
+        for name in ("temperature", "latent", "memory"):  # reference.attention sees them in the weights
+            del settled[name]
+        computes(op, partial(reference.attention, **{**settled, "kv_heads": op.kv}), x)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gru_and_convolutions_are_loops(dim):
+    torch.manual_seed(0)
+    x = torch.randn(20, 64, dtype=torch.float64)
+    computes(build(one("gru", dim)).blocks[0].op, reference.gru, x)
+    for kernel in OPS["conv1d"].traits["kernel"]:
+        dense = build(one("conv1d", dim, kernel=kernel, kind="dense")).blocks[0].op
+        computes(dense, lambda x, w: reference.convolution(x, w["weight"]), x)
+        depthwise = build(one("conv1d", dim, kernel=kernel, kind="depthwise")).blocks[0].op
+
+        def expected(x, w):
+            y = reference.convolution(x, w["taps"].diag_embed())
+            return y @ w["out.weight"].T if "out.weight" in w else y
+
+        computes(depthwise, expected, x)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.01, 0.3, 1.0])
@@ -424,7 +486,7 @@ DESIGNS = {
     "retnet": reference.gpt2(7, lambda x, w: reference.retention(x, w, 4)),
     "parallel": reference.parallel(4, 4),
     "evo-attention": reference.llama(
-        5, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=False, normalise=reference.sparsemax, gated=True)
+        5, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=False, normalisation="sparsemax", gating="output")
     ),
     "transformer-6x256": reference.llama(6, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=True)),
 }
@@ -484,9 +546,9 @@ HOSTILE = {  # what the message has to name: the text
         json.dumps({"genes": [[]]}),
         '{"genes": [' + "[" * 800 + "]" * 800 + "]}",
     ],
-    "twice": ['{"genes": [], "genes": []}', '{"genes": [{"op": "gru", "op": "linear", "dim": 64}]}'],
+    "^the field .* twice": ['{"genes": [], "genes": []}', '{"genes": [{"op": "gru", "op": "linear", "dim": 64}]}'],
     "JSON": ["", "{", "nul", "[" * 100_000, '{"genes": ' + "9" * 5000 + "}", "\x00", '{"a": "\ud800'],
-    "characters": ["x" * 100_000_000, json.dumps({"genes": GOOD["genes"] * 10_000}), None, 3, b"{}"],
+    "characters": [json.dumps({"genes": GOOD["genes"] * 10_000}), None, 3, b"{}"],
     r"\\x1b|\\ud800": ['{"genes": [], "\\u001b[31m": 1}', '{"genes": [], "\\ud800": 1}'],  # printable, always
 }
 
@@ -494,9 +556,23 @@ HOSTILE = {  # what the message has to name: the text
 @pytest.mark.parametrize("named", HOSTILE)
 def test_a_hostile_file_is_refused_by_name(named):
     for text in HOSTILE[named]:
+        tracemalloc.start()
         with pytest.raises(GenomeError, match=named) as caught:
             Genome.from_json(text)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+        assert peak < 20e6  # bytes: nothing is built of what the file asks for
+
+
+def test_a_huge_file_is_refused_unread():
+    with pytest.raises(GenomeError, match="characters"):
+        Genome.from_json("[" * 100_000_000)
+
+
+def test_parameters_are_counted_without_allocating_them():
+    genome, vocab = g.transformer(12, 512, 8), 10**12
+    assert genome.num_params(vocab) == genome.num_params(0) + 2 * 512 * vocab
 
 
 @pytest.mark.parametrize(

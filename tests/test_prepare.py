@@ -162,6 +162,7 @@ def serving():
 def hub(monkeypatch, tmp_path):
     with serving() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         for i, name in enumerate(["shard_00000.parquet", "shard_00001.parquet", LAST]):
             hub.files[name] = write_shard(tmp_path / "hub" / name, prose(i)).read_bytes()
         pq.write_table(pa.table({"words": ["a", "b"]}), tmp_path / "hub" / "no text")
@@ -459,6 +460,8 @@ def test_changed_text_is_noticed(data_dir):
     assert second.fingerprint != first.fingerprint
     write_shard(data_dir / "shard_1.parquet", prose(1))  # as it was, though newer
     assert prepare.load(prepare.prepare(data_dir=data_dir)).fingerprint == first.fingerprint
+    write_shard(data_dir / "shard_2.parquet", prose(9))  # held out: the tokenizer stays as it is
+    assert prepare.load(prepare.prepare(data_dir=data_dir)).fingerprint != first.fingerprint
 
 
 def test_changed_settings_are_noticed(data_dir, monkeypatch):
