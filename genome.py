@@ -495,9 +495,8 @@ class Ssm(Op, name="ssm", mixes_tokens=True):
         super().__init__()
         self.gating = gating
         self.u, self.forget, self.out = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_out, d_out)
-        self.forget_bias = nn.Parameter(
-            7 * torch.arange(d_out) / (d_out - 1) - 6
-        )  # -6 to 1: half-lives from 280 tokens to less than one
+        # from -6 to 1: half-lives from 280 tokens to less than one
+        self.forget_bias = nn.Parameter(7 * torch.arange(d_out) / (d_out - 1) - 6)
         if gating == "output":
             self.gate = Linear(d_in, d_out)
 

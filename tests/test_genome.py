@@ -488,7 +488,7 @@ DESIGNS = {
     "evo-attention": reference.llama(
         5, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=False, normalisation="sparsemax", gating="output")
     ),
-    "transformer-6x256": reference.llama(6, lambda x, w: reference.attention(x, w, 4, 4, qk_norm=True)),
+    "transformer-6x256-lr1.4": reference.llama(6, lambda x, w: reference.attention(x, w, 2, 2, qk_norm=True)),
 }
 
 
