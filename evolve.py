@@ -25,6 +25,7 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import random
 import re
@@ -93,21 +94,10 @@ CONSTANTS = {
     for name, value in globals().items()
     if name.isupper() and isinstance(value, int | float | str) and name != "MAX_SEQ_LEN"  # that is genome.py's
 }
-DEMO = dict(  # the same program on a small scale: what --demo sets
-    population_size=4,
-    survivors=2,
-    immigrants=0,
-    max_generations=5,
-    time_budget=4.0,
-    batch_tokens=512,
-    seq_len=128,
-    eval_tokens=16_384,
-    max_params=5_000_000,
-    finalists=1,
-    final_seeds=2,
-    final_factor=1.0,
-    workers_per_gpu=1,
-)
+DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
+    population_size=5, survivors=2, immigrants=0, max_generations=4, token_budget=16_384, max_params=3_000_000,
+    batch_tokens=512, seq_len=128, eval_tokens=8_192, finalists=1, final_seeds=2, final_factor=1.0,
+)  # fmt: skip
 NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "final_factor", "workers_per_gpu", "deadline")
 Settings = dataclasses.make_dataclass(
     "Settings",
@@ -130,6 +120,8 @@ def read_settings(args: argparse.Namespace) -> "Settings":
     """Settings from flags, --demo and constants, in that order. Raises Stop naming a constant that is impossible."""
     given = {name.lower(): getattr(args, name.lower()) for name in CONSTANTS}
     given = {name: value for name, value in given.items() if value is not None}
+    if "time_budget" in given:
+        given.setdefault("token_budget", 0)  # whoever asks for seconds gets seconds, in the demo too
     settings = Settings(**{**(DEMO if args.demo else {}), **given})
     for name in (
         "population_size",
@@ -708,9 +700,12 @@ class Pool:
         workers = self.per_device * len(self.devices)
         args = (theirs, device, self.folder, self.settings, workers)
         process = self.context.Process(target=worker, args=args, daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is ours, from the worker's first moment on
-        process.start()
-        signal.signal(signal.SIGINT, before)
+        multiprocessing.resource_tracker.ensure_running()  # now, as its start unblocks what is blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits that: Ctrl-C is ours alone
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         return Worker(process, ours, device)
 
@@ -1201,7 +1196,16 @@ def write_best(out: Path, record: Record, settings: "Settings"):
 # ----------------------------------------------------------------------------------------------------------------------
 # The picture
 
-OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#000000",
+]  # Okabe & Ito 2008, for every kind of sight
 
 
 def draw(rows: list[Result], path: Path, title: str):
@@ -1218,89 +1222,93 @@ def draw(rows: list[Result], path: Path, title: str):
         return
     last = max(r.generation for r in rows if r.is_search)
     generations = sorted({r.generation for r in ok})
-    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), gridspec_kw={"width_ratios": [1.5, 1, 1]})
-        left, middle, right = axes
-        # is it getting better?
-        left.scatter(
-            [r.generation for r in ok],
-            [r.val_bpb for r in ok],
-            s=16,
-            color="#999999",
-            alpha=0.7,
-            lw=0,
-            label="one evaluation",
-        )
-        best = [searched([r for r in rows if r.generation <= g])[0].mean for g in generations]
-        median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
-        left.plot(generations, median, color=OKABE_ITO[1], lw=1.5, ls="--", label="median of the generation")
-        left.plot(generations, best, color=OKABE_ITO[0], lw=2.5, label="best so far (mean of its evaluations)")
-        noise = noise_floor(rows)
-        if noise:
-            low, high = ([b + sign * 2 * noise for b in best] for sign in (-1, 1))
-            left.fill_between(generations, low, high, color=OKABE_ITO[0], alpha=0.2, lw=0, label="± 2 noise floors")
-        levels = {}  # the best of each family of designs made by hand
-        for c in candidates([r for r in rows if r.operator == "entrant"]):
-            levels.setdefault(c.id.split("-")[0], c.mean)
-        top = max(max(levels.values(), default=0), np.quantile([r.val_bpb for r in ok], 0.85), median[0]) + 0.02
-        bottom = min([*best, *levels.values()])
-        for name, level in levels.items():
-            left.axhline(level, color="#555555", lw=1, ls=":")
-            left.text(last + 0.3, level, f"{name} by hand" if name == "transformer" else name, va="center", fontsize=10)
-        left.set_ylim(bottom - 0.08 * (top - bottom), top)
-        left.set_xlim(-0.5, last + 0.2)
-        left.set(
-            xlabel="generation", ylabel="validation bits per byte (lower is better)", title="Is it getting better?"
-        )
-        left.xaxis.get_major_locator().set_params(integer=True)
-        left.legend(frameon=False, fontsize=9, loc="upper right")
-        # what is it made of?
-        shares = {}
-        for g in generations:
-            genomes = [Genome.from_json(r.genome) for r in ok if r.generation == g]
-            counts = collections.Counter(node.gene.op for genome in genomes for node in genome.network)
-            shares[g] = {op: n / max(1, counts.total()) for op, n in counts.items()}
-        ops = sorted(OPS, key=lambda op: -sum(share.get(op, 0) for share in shares.values()))
-        hatches = ["", "//", "..", "xx"]
-        base = np.zeros(len(generations))
-        for i, op in enumerate(ops):
-            height = np.array([shares[g].get(op, 0) for g in generations])
-            middle.bar(
-                generations,
-                height,
-                bottom=base,
-                width=1.0,
-                color=OKABE_ITO[i % len(OKABE_ITO)],
-                hatch=hatches[i // len(OKABE_ITO)],
-                edgecolor="white",
-                lw=0.3,
-                label=op,
-            )
-            base += height
-        middle.set(xlabel="generation", ylabel="share of all genes", title="What is it made of?", ylim=(0, 1))
-        middle.xaxis.get_major_locator().set_params(integer=True)
-        middle.set_xlim(-0.5, last + 0.5)
-        handles, labels = middle.get_legend_handles_labels()
-        middle.legend(
-            handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
-        # at what cost?
-        speed = [r.tokens_per_s / 1e6 for r in ok]
-        dots = right.scatter([r.params / 1e6 for r in ok], [r.val_bpb for r in ok], c=speed, s=18, cmap="cividis", lw=0)
-        figure.colorbar(dots, ax=right, label="million tokens a second")
-        for r in rows:
-            if r.operator == "entrant" and r.status == "ok":
-                right.scatter(r.params / 1e6, r.val_bpb, marker="x", color=OKABE_ITO[5], s=30, lw=1.5)
-        right.scatter([], [], marker="x", color=OKABE_ITO[5], s=30, lw=1.5, label="designed by hand")
-        right.set_ylim(*left.get_ylim())
-        right.set(xlabel="million parameters", ylabel="validation bits per byte", title="At what cost?")
-        right.legend(frameon=False, fontsize=9, loc="upper right")
-        figure.suptitle(title, fontsize=13)
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplot_mosaic([["better", "better"], ["made", "cost"]], figsize=(10, 9))
+        draw_scores(axes["better"], rows, ok, generations, last)
+        draw_ops(axes["made"], ok, generations, last)
+        draw_costs(axes["cost"], rows, ok, axes["better"].get_ylim())
+        for name in ("better", "made"):
+            axes[name].set_xlabel("generation")
+            axes[name].xaxis.get_major_locator().set_params(integer=True)
+        figure.suptitle(title, fontsize=12)
         figure.tight_layout()
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png")
         plt.close(figure)
     write_whole(path, buffer.getvalue())
+
+
+def draw_scores(axis, rows: list[Result], ok: list[Result], generations: list[int], last: int):
+    """Every evaluation, the best and the median, and what the designs made by hand reach."""
+    axis.scatter(
+        [r.generation for r in ok], [r.val_bpb for r in ok], s=16, color="#999999", lw=0, label="one evaluation"
+    )
+    best = [searched([r for r in rows if r.generation <= g])[0].mean for g in generations]
+    median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
+    axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation")
+    axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
+    noise = noise_floor(rows)
+    if noise:
+        low, high = ([b + side * noise for b in best] for side in (-1, 1))
+        label = f"± noise floor, {noise:.4f}"
+        axis.fill_between(generations, low, high, color=COLOURS[0], alpha=0.2, lw=0, label=label)
+    levels: dict[str, float] = {}  # the best of each family made by hand
+    for c in candidates([r for r in rows if r.operator == "entrant"]):
+        levels.setdefault(c.id.split("-")[0], c.mean)
+    top = max([*levels.values(), *median, *best]) + 0.02
+    bottom = min([*best, *levels.values()])
+    axis.set_ylim(bottom - 0.1 * (top - bottom), top + 0.1 * (top - bottom))
+    axis.set_xlim(-0.5, last + 0.5)
+    for name, level in levels.items():
+        axis.axhline(level, color="#555555", lw=1, ls=":")
+        axis.annotate(f"{name} by hand", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axis.set(title="Is it getting better?", ylabel="validation bits per byte (lower is better)")
+    axis.legend(fontsize=10, loc="upper center", ncol=4 if noise else 3, bbox_to_anchor=(0.5, -0.12))
+
+
+def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
+    """The share of each op in the genes of a generation."""
+    shares = {}
+    for g in generations:
+        networks = [Genome.from_json(r.genome).network for r in ok if r.generation == g]
+        counts = collections.Counter(node.gene.op for network in networks for node in network)
+        shares[g] = {op: n / counts.total() for op, n in counts.items()}
+    base = np.zeros(len(generations))
+    for i, op in enumerate(OPS):
+        if not any(op in share for share in shares.values()):
+            continue
+        height = np.array([shares[g].get(op, 0) for g in generations])
+        hatch = ["", "//", "..", "xx"][i // len(COLOURS)]
+        axis.bar(
+            generations,
+            height,
+            1.0,
+            base,
+            color=COLOURS[i % len(COLOURS)],
+            hatch=hatch,
+            edgecolor="white",
+            lw=0.3,
+            label=op,
+        )
+        base += height
+    axis.set(title="What is it made of?", ylabel="share of all genes", ylim=(0, 1), xlim=(-0.5, last + 0.5))
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, float]):
+    """Score against parameters, coloured by speed."""
+    unit, word = (1e6, "million") if max(r.tokens_per_s for r in ok) > 5e5 else (1e3, "thousand")
+    x, y = [r.params / 1e6 for r in ok], [r.val_bpb for r in ok]
+    dots = axis.scatter(x, y, c=[r.tokens_per_s / unit for r in ok], s=18, cmap="cividis", lw=0)
+    axis.figure.colorbar(dots, ax=axis, label=f"{word} tokens a second")
+    hand = [r for r in rows if r.operator == "entrant" and r.status == "ok"]
+    if hand:
+        x, y = [r.params / 1e6 for r in hand], [r.val_bpb for r in hand]
+        axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="designed by hand")
+        axis.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1419,7 +1427,7 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
     """Train one genome of a file for the budget, print its val_bpb and some text that it writes."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Stop(f"Cannot read {path}: {error}") from None
     genome = Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
     print(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
@@ -1488,6 +1496,9 @@ def start(args: argparse.Namespace):
         data = prepare.load(prepare.source_folder(**source))
     except prepare.PrepareError:
         data = prepare.load(prepare.prepare(**source))
+    shortest = min(len(data.train), len(data.val), len(data.test), settings.eval_tokens + 1) - 1
+    if shortest < settings.seq_len:
+        raise Stop(f"SEQ_LEN = {settings.seq_len}: EVAL_TOKENS and each split have to fill it, not {shortest} tokens")
     device = device_name()
     if device == "cpu":
         print("No GPU was found: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests.")
