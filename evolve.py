@@ -95,10 +95,10 @@ CONSTANTS = {
     if name.isupper() and isinstance(value, int | float | str) and name != "MAX_SEQ_LEN"  # that is genome.py's
 }
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, immigrants=0, max_generations=4, token_budget=16_384, max_params=3_000_000,
-    batch_tokens=512, seq_len=128, eval_tokens=8_192, finalists=1, final_seeds=2, final_factor=1.0,
+    population_size=5, survivors=2, immigrants=0, max_generations=4, token_budget=20_480, max_params=3_000_000,
+    batch_tokens=256, seq_len=128, eval_tokens=16_384, finalists=1, final_seeds=2, final_factor=1.0,
 )  # fmt: skip
-NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "final_factor", "workers_per_gpu", "deadline")
+NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "workers_per_gpu", "deadline")  # may change on the way
 Settings = dataclasses.make_dataclass(
     "Settings",
     [(name.lower(), type(value), field(default=value)) for name, value in CONSTANTS.items()],
@@ -109,6 +109,9 @@ Settings = dataclasses.make_dataclass(
 MUON_LR, MUON_MOMENTUM = 0.02, 0.95
 EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
+SEEDS = (
+    100_000  # seeds of evaluations that one SEED stands for: the first half for generations, the second for the final
+)
 CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
 
 
@@ -427,11 +430,12 @@ def check_network(genome: Genome, seed: int) -> str:
     vocab_size, T = 64, 150
     model = Model(genome, vocab_size)
     idx = torch.randint(vocab_size, (2, T))
+    anywhere = int(torch.randint(2, T, ()))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
         before = model(idx)
-        for row, t in ((0, 1), (1, 64), (0, 100), (1, T - 1)):
+        for row, t in ((0, 1), (1, 64), (0, 100), (1, T - 1), (0, anywhere)):
             changed = idx.clone()
             changed[row, t:] = (changed[row, t:] + 1 + torch.randint(vocab_size - 1, (T - t,))) % vocab_size
             after = model(changed)
@@ -645,8 +649,8 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     if device != "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(torch.get_num_threads())
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        torch.set_num_threads(1)
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     data = DeviceData(prepare.load(folder), torch.device(device))
@@ -926,10 +930,10 @@ class Candidate:
 
 
 def candidates(rows: list[Result]) -> list[Candidate]:
-    """Every genome that was scored, best first. Lower val_bpb is better: this is the one place that says so."""
+    """Every genome that was scored each time, best first. Lower val_bpb is better: this is the one place to say so."""
     by_id = collections.defaultdict(list)
     for row in rows:
-        if row.status == "ok":
+        if row.status in ("ok", "nan"):
             by_id[row.id].append(row)
     found = [
         Candidate(
@@ -939,6 +943,7 @@ def candidates(rows: list[Result]) -> list[Candidate]:
             tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in group), strict=True)),
         )
         for name, group in by_id.items()
+        if all(row.status == "ok" for row in group)  # what diverges with one seed in three is no survivor
     ]
     return sorted(found, key=lambda c: (c.mean, c.id))
 
@@ -974,7 +979,7 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
     rng = random.Random(f"{settings.seed}/{generation}")
     earlier = [row for row in rows if row.generation < generation and row.is_search]
     survivors = select(earlier, settings, rng)
-    seed = settings.seed * 1000 + generation
+    seed = settings.seed * SEEDS + generation
     hurdle = None
     if settings.hurdle and survivors:
         hurdle = max(c.curve[1] for c in survivors) + settings.hurdle
@@ -1012,7 +1017,7 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
 def entrant_tasks(settings: "Settings", vocab_size: int) -> list[Task]:
     """The designs made by hand that are small enough; they meet the same batches as generation 0."""
     return [
-        Task(name, -1, (), "entrant", genome, settings.seed * 1000)
+        Task(name, -1, (), "entrant", genome, settings.seed * SEEDS)
         for name, genome in ENTRANTS.items()
         if genome.num_params(vocab_size) <= settings.max_params
     ]
@@ -1027,8 +1032,9 @@ def final_tasks(rows: list[Result], settings: "Settings") -> list[Task]:
     """The best genomes and the best transformer, each with the same fresh seeds."""
     finalists = searched(rows)[: settings.finalists]
     rival = best_transformer(rows)
+    first = settings.seed * SEEDS + SEEDS // 2  # seeds that the search never used
     return [
-        Task(c.id, settings.max_generations, (), "final", c.genome, settings.seed * 1000 + 500 + n, final=True)
+        Task(c.id, settings.max_generations, (), "final", c.genome, first + n, final=True)
         for n in range(settings.final_seeds)
         for c in [*finalists, *([rival] if rival else [])]
     ]
@@ -1103,7 +1109,10 @@ class Finalist:
 
 
 def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
-    """Everyone in the final, best on test first, those with failures last; empty before all of it is done."""
+    """Everyone in the final, best first; empty before all of it is done.
+
+    Ranked by val, those with failures last, so that the test score of the winner is not the best of several.
+    """
     tasks = final_tasks(rows, settings)
     done = {(r.id, r.seed): r for r in rows if r.operator == "final" and r.generation == settings.max_generations}
     if not tasks or any((t.id, t.seed) not in done for t in tasks):
@@ -1132,11 +1141,11 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
                 len(mine) - len(ok),
             )
         )
-    return sorted(table, key=lambda f: (f.failed > 0, f.test.mean))
+    return sorted(table, key=lambda f: (f.failed > 0, f.val.mean))
 
 
-def print_final(table: list[Finalist]):
-    print(f"\nThe final: {len(table[0].test.values)} fresh seeds each, 95 % intervals, bits per byte\n")
+def print_final(table: list[Finalist], settings: "Settings"):
+    print(f"\nThe final: {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte\n")
     print(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the transformer on test")
     for f in table:
         lead = f"{f.lead}" if f.lead else ""
@@ -1244,7 +1253,8 @@ def draw_scores(axis, rows: list[Result], ok: list[Result], generations: list[in
     axis.scatter(
         [r.generation for r in ok], [r.val_bpb for r in ok], s=16, color="#999999", lw=0, label="one evaluation"
     )
-    best = [searched([r for r in rows if r.generation <= g])[0].mean for g in generations]
+    leaders = [next(iter(searched([r for r in rows if r.generation <= g])), None) for g in generations]
+    best = [leader.mean if leader else math.nan for leader in leaders]
     median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
     axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation")
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
@@ -1256,8 +1266,7 @@ def draw_scores(axis, rows: list[Result], ok: list[Result], generations: list[in
     levels: dict[str, float] = {}  # the best of each family made by hand
     for c in candidates([r for r in rows if r.operator == "entrant"]):
         levels.setdefault(c.id.split("-")[0], c.mean)
-    top = max([*levels.values(), *median, *best]) + 0.02
-    bottom = min([*best, *levels.values()])
+    top, bottom = np.nanmax([*levels.values(), *median, *best]) + 0.02, np.nanmin([*levels.values(), *median, *best])
     axis.set_ylim(bottom - 0.1 * (top - bottom), top + 0.1 * (top - bottom))
     axis.set_xlim(-0.5, last + 0.5)
     for name, level in levels.items():
@@ -1371,7 +1380,10 @@ def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Datase
     finals = settings.final_seeds * (settings.finalists + 1)
     try:
         run.evaluate("by hand", entrant_tasks(settings, data.vocab_size), per_generation * generations + finals)
+        done = collections.Counter(r.generation for r in record.rows if r.is_search)
         for generation in range(generations):
+            if done[generation] == per_generation:
+                continue
             born = breed(record.rows, generation, settings, data.vocab_size)
             later = (generations - generation - 1) * per_generation + finals
             if run.evaluate(f"generation {generation + 1}/{generations}", born.tasks, later):
@@ -1390,7 +1402,7 @@ def finish(run: Run, title: str):
     run.evaluate("the final", tasks)
     table = final_table(run.record.rows, run.settings)
     if table:
-        print_final(table)
+        print_final(table, run.settings)
     run.report(title)
 
 
@@ -1437,7 +1449,10 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
         raise Stop(f"{path}: not trained, status {problem}")
     rows = settings.batch_tokens // settings.seq_len
     trial = Trial(task, DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu")), settings, rows)
-    values = trial.run()
+    try:
+        values = trial.run()
+    except torch.OutOfMemoryError:
+        raise Stop(f"{path}: out of memory; lower --batch-tokens") from None
     if values["status"] != "ok":
         raise Stop(f"{path}: training ended with status {values['status']}")
     print(
@@ -1516,11 +1531,15 @@ def start(args: argparse.Namespace):
     if args.final:
         if not searched(record.rows):
             raise Stop(f"{record.path} holds no scored genome; run: uv run evolve.py")
-        if record.run["fingerprint"] != data.fingerprint:
+        if (record.run["fingerprint"], record.run["device"]) != (data.fingerprint, device):
             raise Stop(
-                f"{record.path} was made on other data ({record.run['data']}); name it with --data-dir or --demo"
+                f"{record.path} was made on {record.run['data']} and {record.run['device']}, this is {data.source} "
+                f"and {device}; name the data with --data-dir or --demo"
             )
         settings = dataclasses.replace(settings, **{k: record.run[k] for k in record.run if hasattr(settings, k)})
+        settings = dataclasses.replace(
+            settings, max_generations=1 + max(r.generation for r in record.rows if r.is_search)
+        )
         runner = Run(out, record, settings, data)
         try:
             return finish(runner, f"genesis: {data.source}, {device}")

@@ -873,6 +873,7 @@ class Genome:
         return json.dumps({**own, "genes": [gene.to_dict() for gene in self.genes]})
 
     @classmethod
+    @functools.lru_cache(maxsize=10_000)
     def from_json(cls, text: str) -> "Genome":
         """Read what to_json wrote. Raises GenomeError, naming the field, on anything else; never allocates."""
         if not isinstance(text, str) or len(text) > MAX_JSON:

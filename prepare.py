@@ -620,6 +620,12 @@ def window_count(tokens: np.ndarray | torch.Tensor, seq_len: int, max_tokens: in
     return targets // seq_len
 
 
+def scored_windows(tokens: np.ndarray | torch.Tensor, seq_len: int, max_tokens: int | None = None) -> np.ndarray:
+    """Number the windows of a split that are scored: all, or as many as max_tokens fill, spread evenly over it."""
+    n_windows = window_count(tokens, seq_len, max_tokens)
+    return np.arange(n_windows, dtype=np.int64) * window_count(tokens, seq_len) // n_windows
+
+
 def gather(tokens: torch.Tensor, window: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return idx and targets, the token after each, int64 (rows, seq_len), of the windows numbered (rows,)."""
     import torch
@@ -670,17 +676,18 @@ def bits_per_byte(
     """
     import torch
 
-    n_windows, tokens = window_count(tokens, seq_len, max_tokens), to_device(tokens, device)
+    windows, tokens = torch.as_tensor(scored_windows(tokens, seq_len, max_tokens)).to(device), to_device(tokens, device)
+    n_windows = len(windows)
     token_bytes, row = torch.as_tensor(token_bytes, device=device), torch.arange(rows, device=device)
     sum_nats = torch.zeros((), dtype=torch.float64, device=device)
     sum_bytes = torch.zeros_like(sum_nats)
     with torch.no_grad():
         for first in range(0, n_windows, rows):
-            window = first + row
-            idx, targets = gather(tokens, window.clamp(max=n_windows - 1), seq_len)
+            place = first + row
+            idx, targets = gather(tokens, windows[place.clamp(max=n_windows - 1)], seq_len)
             losses = token_losses(idx, targets)
             assert losses.shape == targets.shape, f"losses {tuple(losses.shape)}, not {tuple(targets.shape)}"
-            n_bytes = token_bytes[targets] * (window < n_windows)[:, None]  # 0: padding, or BOS
+            n_bytes = token_bytes[targets] * (place < n_windows)[:, None]  # 0: padding, or BOS
             sum_nats += torch.where(n_bytes > 0, losses.double(), 0.0).sum()
             sum_bytes += n_bytes.sum()
     return (sum_nats / (math.log(2) * sum_bytes)).item()
@@ -690,7 +697,8 @@ def uniform_bpb(
     tokens: np.ndarray, token_bytes: np.ndarray, vocab_size: int, *, seq_len: int, max_tokens: int | None = None
 ) -> float:
     """Return the score of uniform logits over the same windows: log2(vocab_size) * tokens / bytes."""
-    n_bytes = token_bytes[tokens[1 : 1 + window_count(tokens, seq_len, max_tokens) * seq_len]]
+    place = scored_windows(tokens, seq_len, max_tokens)[:, None] * seq_len + np.arange(1, seq_len + 1)
+    n_bytes = token_bytes[tokens[place]]
     return math.log2(vocab_size) * np.count_nonzero(n_bytes) / int(n_bytes.sum())
 
 

@@ -714,7 +714,11 @@ def test_workers_end_with_their_parent(toys, folder):
     assert all(map(is_alive, workers))
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    wait_until(lambda: not any(map(is_alive, workers)))
+    try:
+        wait_until(lambda: not any(map(is_alive, workers)))
+    finally:
+        for pid in filter(is_alive, workers):
+            os.kill(pid, signal.SIGKILL)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -816,6 +820,18 @@ def test_children_are_small_enough():
     assert all(net.num_params(300) <= 90_000 and net.mixes_tokens for net in genomes)
     born = evolve.breed(rows, 2, s, 300)
     assert born.bred - born.refused == 2 and born.refused > 0  # two newcomers beside the survivors
+
+
+def test_siblings_differ(free_params, monkeypatch):
+    pool = [
+        transformer(1, 64, 1, window=w, qk_norm=q, latent=d)
+        for w in (0, 64)
+        for q in (True, False)
+        for d in (0, 32, 64)
+    ]
+    monkeypatch.setattr(evolve, "draw_genome", lambda rng: rng.choice(pool))
+    born = evolve.breed([], 0, tiny(**BIG), 300)
+    assert len({t.genome.key for t in born.tasks}) == len(pool) == 12 and born.refused > 0
 
 
 def test_nothing_new_to_breed_stops_the_run(free_params, monkeypatch):
@@ -1260,7 +1276,7 @@ def test_failures_in_the_final(tmp_path, capsys):
     assert by_id["g0.01"].test.values == (1.15, 1.05) and by_id["g0.01"].lead.values == (pytest.approx(0.45),)
     assert by_id["g0.00"].lead.values == (pytest.approx(0.2), pytest.approx(0.5))
     assert winner(rows, s, tmp_path)["id"] == "g0.00"
-    evolve.print_final(table)
+    evolve.print_final(table, s)
     assert capsys.readouterr().out.count("(1 failed)") == 2
     # the transformer failed: there is a winner without a lead
     tests = {"g0.00": [1.30, 1.10, 1.20], "g0.01": [1.1, 1.15, 1.05], "transformer-1x64": [None] * 3}
@@ -1423,7 +1439,7 @@ def test_what_the_data_cannot_fill_is_an_error(flag, data_dir, tmp_path, capsys)
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 def test_ctrl_c(data_dir, tmp_path):
-    """The command as it is, workers spawned: Ctrl-C while a worker starts, and while one trains; then it goes on."""
+    """The command as it is, workers spawned."""
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "evolve.py", *FLAGS, "--max-params=300000", "--data-dir", data_dir, "--out", out]
     command += ["--max-generations=1", "--time-budget=1"]
@@ -1432,16 +1448,29 @@ def test_ctrl_c(data_dir, tmp_path):
         pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
         return [pid for pid in pids if is_alive(pid) and os.getsid(pid) == id]
 
-    for until in (lambda: (out / "results.tsv").exists(), lambda: (out / "results.tsv").read_bytes().count(b"\n") > 3):
-        log = tmp_path / "log"
-        with open(log, "w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        wait_until(until, 120)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
-        assert log.read_text().endswith("Stopped. Nothing is lost; run the same command again to go on.\n")
-        assert "Traceback" not in log.read_text() and not in_session(process.pid)
-    assert "Going on with the run" in log.read_text() and len(rows_of(out)) > 1
+    def starting() -> list[int]:
+        """The worker, once it has begun to import torch."""
+        with contextlib.suppress(OSError):
+            workers = [pid for pid in in_session(run.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+            return [pid for pid in workers if "libtorch" in Path(f"/proc/{pid}/maps").read_text()]
+        return []
+
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_until(starting, 120)
+        os.kill(starting()[0], signal.SIGINT)  # nothing to a worker, even then
+        wait_until(lambda: run.poll() is not None or (out / "results.tsv").read_bytes().count(b"\n") > 3, 120)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130
+        assert not in_session(run.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    output = log.read_text()
+    assert output.endswith("Stopped. Nothing is lost; run the same command again to go on.\n")
+    assert "Traceback" not in output and len(rows_of(out)) > 1
 
 
 def test_kills(kill_run):
