@@ -1484,7 +1484,9 @@ def write_text(model: Model, data: prepare.Dataset, prompt: str, seq_len: int, s
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--demo", action="store_true", help="two minutes on any machine, on text that every machine has"
     )
