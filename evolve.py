@@ -11,6 +11,7 @@ it. Every constant below is also a flag: TIME_BUDGET = 30 is --time-budget 30.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -46,19 +47,7 @@ import torch
 from tqdm import tqdm
 
 import prepare
-from genome import (
-    ENTRANTS,
-    GENOME_TRAITS,
-    MAX_SEQ_LEN,
-    MUTATIONS,
-    OPS,
-    WIDTHS,
-    Genome,
-    GenomeError,
-    Model,
-    crossover,
-    mutate,
-)
+from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Genome, GenomeError, Model, crossover, mutate
 from genome import random_genome as draw_genome
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,8 +84,8 @@ CONSTANTS = {
     if name.isupper() and isinstance(value, int | float | str) and name != "MAX_SEQ_LEN"  # that is genome.py's
 }
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, immigrants=0, max_generations=4, token_budget=20_480, max_params=3_000_000,
-    batch_tokens=256, seq_len=128, eval_tokens=16_384, finalists=1, final_seeds=2, final_factor=1.0,
+    population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=20_480, max_params=3_000_000,
+    batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.1, finalists=1, final_seeds=2, final_factor=1.0,
 )  # fmt: skip
 NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "workers_per_gpu", "deadline")  # may change on the way
 Settings = dataclasses.make_dataclass(
@@ -337,6 +326,9 @@ COMPILED: dict[tuple, Callable | str] = {}  # what a part is made of: its compil
 compile_only = False
 
 
+NOT_CAPTURED = "not captured"  # in the note of a result whose step could not become a CUDA graph
+
+
 class OnlyCompiled(Exception):
     """Raised in the place of running what was just compiled."""
 
@@ -367,17 +359,20 @@ def call(part, *args):
 
 
 def compile_part(part: torch.nn.Module, key: tuple, inputs: list, tune: bool = False) -> str:
-    """Let part.forward run compiled; returns why it cannot, or an empty string. Nothing runs on the device."""
+    """Let part.forward run compiled; returns why it cannot, or an empty string. No kernel runs."""
     global compile_only
     if key not in COMPILED:
         # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
-        function = types.FunctionType(call.__code__.replace(co_name="_".join(map(str, key[:1]))), globals())
+        function = types.FunctionType(call.__code__.replace(co_name=key[0]), globals())
         COMPILED[key] = torch.compile(function, backend=functools.partial(inductor, tune=tune), dynamic=False)
         compile_only = True
         try:
             COMPILED[key](part, *inputs)
         except OnlyCompiled:
             pass
+        except (torch.OutOfMemoryError, OSError):  # of the machine, not of the op: try again another time
+            del COMPILED[key]
+            raise
         except Exception as error:  # whatever the compiler says of an op: the op still trains, slower
             COMPILED[key] = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
@@ -450,6 +445,7 @@ class DeviceData:
     """The tokens of a data set on a device, moved there once per process."""
 
     def __init__(self, data: prepare.Dataset, device: torch.device):
+        torch.set_float32_matmul_precision("high")
         self.device, self.vocab_size = device, data.vocab_size
         self.train, self.val, self.test = (prepare.to_device(t, device) for t in (data.train, data.val, data.test))
         self.token_bytes = data.token_bytes
@@ -458,7 +454,7 @@ class DeviceData:
 
 
 class Trial:
-    """A genome built and compiled, ready to train on a device with `rows` windows at once. No GPU work is done yet."""
+    """A genome built and compiled, ready to train with `rows` windows at once; on the device is its memory alone."""
 
     def __init__(self, task: Task, data: DeviceData, settings: "Settings", rows: int):
         self.task, self.data, self.settings, self.rows = task, data, settings, rows
@@ -505,7 +501,8 @@ class Trial:
             torch.cuda.synchronize()
             for p in self.model.parameters():
                 p.grad = None
-            step, self.note = self.step, f"{self.note} not captured: {str(error).splitlines()[0]}".strip()
+            reason = str(error.__context__ or error).splitlines()[0]
+            step, self.note = self.step, f"{self.note} {NOT_CAPTURED}: {reason}".strip()
         self.optimizer.reset()
         self.window.zero_()
         return step
@@ -537,7 +534,7 @@ class Trial:
                 flying.append(int(fraction * CURVE))
             elif not flying:
                 break
-            if len(flying) == 1 and self.on_gpu and fraction < 1:
+            if done and len(flying) == 1 and self.on_gpu and fraction < 1:
                 continue  # the next step is launched before this one is waited for
             if self.on_gpu:
                 ends[done % 2].synchronize()
@@ -603,15 +600,14 @@ def evaluate(
 ) -> Result:
     """Train and score one genome: a pure function of its arguments, but for time.
 
-    Calls wait_for_turn once it is built and compiled, before it uses the device. Out of memory halves the rows that
+    Calls wait_for_turn once it is built and compiled, before it computes there. Out of memory halves the rows that
     are treated at once (the tokens of a step stay), down to one, and then becomes the status oom.
     """
     on_gpu = data.device.type == "cuda"
     held = torch.cuda.memory_allocated() // 2**20 if on_gpu else 0
     problem = check_network(task.genome, task.seed)
     if problem:
-        wait_for_turn()
-        return result_of(task, problem)
+        return result_of(task, problem, params=task.genome.num_params(data.vocab_size))
     rows, turn, note = settings.batch_tokens // settings.seq_len, False, ""
     while True:
         trial = None
@@ -623,18 +619,24 @@ def evaluate(
             values = trial.run()
             return result_of(task, **{**values, "held_mb": held, "note": f"{note} {values['note']}".strip()})
         except torch.OutOfMemoryError as error:
-            if not turn:
-                wait_for_turn()
-                turn = True
-            if rows == 1:
+            if turn and rows == 1:
                 return result_of(task, "oom", held_mb=held, note=str(error).splitlines()[0][:200])
         finally:
             del trial
             gc.collect()
             if on_gpu:
                 torch.cuda.empty_cache()
-        rows = next(r for r in range(rows // 2, 0, -1) if rows % r == 0)
+        if not turn:  # the one in training may have held the memory: again, alone, with as many rows
+            wait_for_turn()
+            turn = True
+            continue
+        rows = fewer(rows)
         note = f"{rows} rows at once"
+
+
+def fewer(rows: int) -> int:
+    """Half as many rows at once, or the next smaller number that divides them."""
+    return next(r for r in range(rows // 2, 0, -1) if rows % r == 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -652,7 +654,6 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
         torch.set_num_threads(1)
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
     data = DeviceData(prepare.load(folder), torch.device(device))
     pipe.send("idle")
     while True:
@@ -663,7 +664,11 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
             pipe.recv()
 
         try:
-            pipe.send(EVALUATE(task, data, settings, wait_for_turn))
+            result = EVALUATE(task, data, settings, wait_for_turn)
+            if NOT_CAPTURED in result.note:  # a failed capture leaves torch's allocator in disorder: start afresh
+                pipe.send((result, ""))
+                return
+            pipe.send(result)
             gc.freeze()  # what is left, modules and compiled code, stays: gc.collect need not look through it again
         except Exception:  # a result too: it is recorded, printed, and the process replaced
             trace = traceback.format_exc()
@@ -691,11 +696,13 @@ class Pool:
     """Workers on every device. run(tasks) yields a result for each task, in the order in which they finish."""
 
     def __init__(self, folder: Path, settings: "Settings"):
-        gpus = torch.cuda.device_count()
-        self.devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"]
+        alike = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
+        gpus = len(alike)
+        self.devices = [f"cuda:{i}" for i in alike] or ["cpu"]
         cores = os.cpu_count() or 1
         self.per_device = (settings.workers_per_gpu or max(1, min(8, cores // 2 // gpus))) if gpus else 1
         self.folder, self.settings = folder, settings
+        self.worked, self.failed_starts = False, 0  # whether any worker ever started; starts that failed in a row
         self.context = multiprocessing.get_context(START_METHOD)
         self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
 
@@ -726,17 +733,18 @@ class Pool:
             return math.inf
         if w.state == "training" and not s.token_budget:
             return s.deadline + 2 * s.time_budget * (s.final_factor if w.task.final else 1)
-        return s.deadline
+        return s.deadline * (max(1, s.final_factor) if w.task and w.task.final else 1)
 
     def replace(self, w: Worker, status: str, note: str) -> Result | None:
-        """Kill a worker, start another, and turn what it was doing into a result; None where it was idle."""
+        """Kill a worker, start another, and turn what it was doing, if anything, into a result."""
         w.process.kill()
-        w.process.join()
-        if w.state == "starting":
+        w.process.join(30)
+        self.failed_starts += w.state == "starting"
+        if w.state == "starting" and (not self.worked or self.failed_starts == 3):
             self.stop()
             raise Stop(f"A worker on {w.device} could not start ({note}); what it printed stands above")
         self.workers[self.workers.index(w)] = self.start(w.device)
-        return None if w.state == "idle" else result_of(w.task, status, note=note)
+        return None if w.state in ("starting", "idle") else result_of(w.task, status, note=note)
 
     def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
         queue, expected = collections.deque(tasks), len(tasks)
@@ -768,12 +776,15 @@ class Pool:
                     else:
                         if isinstance(message, str):
                             w.become(message)
+                            if message == "idle":
+                                self.worked, self.failed_starts = True, 0
                         elif isinstance(message, Result):
                             result = message
                             w.become("idle")
                         else:
                             result, trace = message
-                            tqdm.write(trace, file=sys.stderr)
+                            if trace:
+                                tqdm.write(trace, file=sys.stderr)
                             self.replace(w, "crash", "")
                 elif time.monotonic() - w.since > self.limit(w):
                     result = self.replace(w, "timeout", f"{w.state} took over {self.limit(w):.0f} s")
@@ -900,13 +911,15 @@ def write_whole(path: Path, content: str | bytes):
 
 def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
     """What makes two runs the same one: constants, data, device and search space."""
-    space = json.dumps([{name: op.traits for name, op in OPS.items()}, WIDTHS, GENOME_TRAITS, sorted(MUTATIONS)])
+    code = ast.dump(ast.parse(Path(__file__).with_name("genome.py").read_text(encoding="utf-8")))  # without comments
+    space = f"{code} {MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS}"
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_OF_A_RUN}
     return {
         **own,
         "data": data.source,
         "fingerprint": data.fingerprint,
         "device": device,
+        "torch": torch.__version__,
         "space": hashlib.sha256(space.encode()).hexdigest()[:12],
     }
 
@@ -933,7 +946,7 @@ def candidates(rows: list[Result]) -> list[Candidate]:
     """Every genome that was scored each time, best first. Lower val_bpb is better: this is the one place to say so."""
     by_id = collections.defaultdict(list)
     for row in rows:
-        if row.status in ("ok", "nan"):
+        if row.status in ("ok", "nan", "leak", "dead"):
             by_id[row.id].append(row)
     found = [
         Candidate(
@@ -943,7 +956,7 @@ def candidates(rows: list[Result]) -> list[Candidate]:
             tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in group), strict=True)),
         )
         for name, group in by_id.items()
-        if all(row.status == "ok" for row in group)  # what diverges with one seed in three is no survivor
+        if all(row.status == "ok" for row in group)  # what diverges or leaks with any seed is no survivor
     ]
     return sorted(found, key=lambda c: (c.mean, c.id))
 
@@ -982,7 +995,8 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
     seed = settings.seed * SEEDS + generation
     hurdle = None
     if settings.hurdle and survivors:
-        hurdle = max(c.curve[1] for c in survivors) + settings.hurdle
+        known = [c.curve[1] for c in survivors if math.isfinite(c.curve[1])]
+        hurdle = max(known, default=math.inf) + settings.hurdle
     born = Generation([Task(c.id, generation, (), "again", c.genome, seed) for c in survivors])
     seen = {row.key for row in earlier}
     newcomers = settings.population_size - len(survivors)
@@ -1448,11 +1462,16 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
     if problem:
         raise Stop(f"{path}: not trained, status {problem}")
     rows = settings.batch_tokens // settings.seq_len
-    trial = Trial(task, DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu")), settings, rows)
-    try:
-        values = trial.run()
-    except torch.OutOfMemoryError:
-        raise Stop(f"{path}: out of memory; lower --batch-tokens") from None
+    on_device = DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu"))
+    values = None
+    while values is None:
+        try:
+            trial = Trial(task, on_device, settings, rows)
+            values = trial.run()
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise Stop(f"{path}: out of memory, even with one row of {settings.seq_len} tokens at once") from None
+            rows = fewer(rows)
     if values["status"] != "ok":
         raise Stop(f"{path}: training ended with status {values['status']}")
     print(
@@ -1560,7 +1579,7 @@ def start(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.cache_root() / "compiled"))
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         start(parse(argv))
     except (Stop, GenomeError, prepare.PrepareError) as error:

@@ -574,6 +574,12 @@ class Identity(Op, name="identity", keeps_width=True):
         return x
 
 
+@torch.compiler.assume_constant_result
+def has_grouped_mm() -> bool:
+    """Whether grouped matrix products stay on this GPU; before Hopper they wait for the host, which a graph cannot."""
+    return torch.cuda.get_device_capability()[0] in (9, 10)
+
+
 class MoeRouter(Op, name="moe_router"):
     """A mixture of expert MLPs (relu squared, hidden width d_out), chosen for each token by itself.
 
@@ -603,7 +609,7 @@ class MoeRouter(Op, name="moe_router"):
         B, T, C = x.shape
         flat = x.reshape(B * T, C)
         probs = self.router(flat).float().softmax(-1)  # (B * T, experts)
-        grouped = self.top < probs.size(-1) and x.dtype == torch.bfloat16 and x.is_cuda
+        grouped = self.top < probs.size(-1) and x.is_cuda and x.dtype == torch.bfloat16 and has_grouped_mm()
         y = self.by_groups(flat, probs) if grouped else self.by_mask(flat, probs)
         if self.shared:
             y = y + self.shared_out(F.relu(self.shared_up(flat)).square())
