@@ -84,7 +84,7 @@ CONSTANTS = {
     if name.isupper() and isinstance(value, int | float | str) and name != "MAX_SEQ_LEN"  # that is genome.py's
 }
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=20_480, max_params=3_000_000,
+    population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=16_384, max_params=3_000_000,
     batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.1, finalists=1, final_seeds=2, final_factor=1.0,
 )  # fmt: skip
 NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "workers_per_gpu", "deadline")  # may change on the way
