@@ -47,8 +47,7 @@ import torch
 from tqdm import tqdm
 
 import prepare
-from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Genome, GenomeError, Model, crossover, mutate
-from genome import random_genome as draw_genome
+from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Genome, GenomeError, Model, crossover, mutate, random_genome
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The search
@@ -98,9 +97,7 @@ Settings = dataclasses.make_dataclass(
 MUON_LR, MUON_MOMENTUM = 0.02, 0.95
 EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
-SEEDS = (
-    100_000  # seeds of evaluations that one SEED stands for: the first half for generations, the second for the final
-)
+SEEDS = 100_000  # of evaluations, for one SEED: the first half for generations, the second for the final
 CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
 
 
@@ -115,16 +112,8 @@ def read_settings(args: argparse.Namespace) -> "Settings":
     if "time_budget" in given:
         given.setdefault("token_budget", 0)  # whoever asks for seconds gets seconds, in the demo too
     settings = Settings(**{**(DEMO if args.demo else {}), **given})
-    for name in (
-        "population_size",
-        "survivors",
-        "batch_tokens",
-        "seq_len",
-        "eval_tokens",
-        "max_params",
-        "finalists",
-        "deadline",
-    ):
+    sizes = "population_size survivors batch_tokens seq_len eval_tokens max_params finalists deadline"
+    for name in sizes.split():
         if getattr(settings, name) < 1:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be at least 1")
     for name in ("immigrants", "max_generations", "token_budget", "hurdle", "seed", "workers_per_gpu"):
@@ -508,7 +497,7 @@ class Trial:
         return step
 
     def train(self, step: Callable[[], None]) -> dict:
-        """Train for the budget. The clock covers this alone, and stops at most one step late."""
+        """Train for the budget. The clock covers this alone, and stops about one step late at most."""
         s, task = self.settings, self.task
         factor = s.final_factor if task.final else 1.0
         seconds, tokens = s.time_budget * factor, s.token_budget * factor
@@ -600,8 +589,8 @@ def evaluate(
 ) -> Result:
     """Train and score one genome: a pure function of its arguments, but for time.
 
-    Calls wait_for_turn once it is built and compiled, before it computes there. Out of memory halves the rows that
-    are treated at once (the tokens of a step stay), down to one, and then becomes the status oom.
+    Calls wait_for_turn once it is built and compiled, before it computes on the device. Out of memory halves the rows
+    that are treated at once (the tokens of a step stay), down to one, and then becomes the status oom.
     """
     on_gpu = data.device.type == "cuda"
     held = torch.cuda.memory_allocated() // 2**20 if on_gpu else 0
@@ -1004,7 +993,7 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
         while True:
             parents: list[Candidate] = []
             if settings.strategy == "random" or not survivors or n >= newcomers - settings.immigrants:
-                genome, operator = draw_genome(rng), "random"
+                genome, operator = random_genome(rng), "random"
             elif len(survivors) > 1 and rng.random() < settings.crossover_rate:
                 parents = rng.sample(survivors, 2)
                 genome, operator = crossover(parents[0].genome, parents[1].genome, rng)
@@ -1057,38 +1046,10 @@ def final_tasks(rows: list[Result], settings: "Settings") -> list[Task]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The final's arithmetic.
 
-T_95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-)
+T_95 = (  # by degrees of freedom, from 1
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1141,8 +1102,8 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
             continue
         lead = None
         if rival and name != rival.id:
-            pairs = [(done.get((rival.id, r.seed)), r) for r in ok]
-            leads = [theirs.test_bpb - r.test_bpb for theirs, r in pairs if theirs and theirs.status == "ok"]
+            pairs = [(done[rival.id, r.seed], r) for r in ok]
+            leads = [theirs.test_bpb - r.test_bpb for theirs, r in pairs if theirs.status == "ok"]
             lead = estimate(leads) if leads else None
         table.append(
             Finalist(

@@ -53,7 +53,7 @@ def start_run(out: Path, data_dir: str) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         evolve.START_METHOD = "fork"
-        evolve.ENTRANTS, evolve.draw_genome = {"transformer-1x64": transformer(1, 64, 1)}, narrow_genome
+        evolve.ENTRANTS, evolve.random_genome = {"transformer-1x64": transformer(1, 64, 1)}, narrow_genome
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
         code = evolve.main([*flags, "--data-dir", data_dir, "--out", str(out)])
         sys.stdout.flush()

@@ -829,13 +829,13 @@ def test_siblings_differ(free_params, monkeypatch):
         for q in (True, False)
         for d in (0, 32, 64)
     ]
-    monkeypatch.setattr(evolve, "draw_genome", lambda rng: rng.choice(pool))
+    monkeypatch.setattr(evolve, "random_genome", lambda rng: rng.choice(pool))
     born = evolve.breed([], 0, tiny(**BIG), 300)
     assert len({t.genome.key for t in born.tasks}) == len(pool) == 12 and born.refused > 0
 
 
 def test_nothing_new_to_breed_stops_the_run(free_params, monkeypatch):
-    monkeypatch.setattr(evolve, "draw_genome", lambda rng: NET)
+    monkeypatch.setattr(evolve, "random_genome", lambda rng: NET)
     monkeypatch.setattr(Genome, "num_params", lambda net, vocab_size: 2)
     with pytest.raises(Stop, match="MAX_PARAMS"):
         evolve.breed([], 0, tiny(max_params=1), 300)
