@@ -66,7 +66,8 @@ MAX_PARAMS = 10_000_000  # parameters of a genome, embedding and head included
 BATCH_TOKENS = 32_768  # tokens per optimizer step
 SEQ_LEN = 2_048  # tokens that a model sees at once
 EVAL_TOKENS = 1_048_576  # tokens of val, and of test, that are scored
-HURDLE = 0.3  # nats per token worse than every survivor after a fifth of the budget: a newcomer ends there; 0: off
+HURDLE = 0.15  # nats per token worse than every survivor at HURDLE_AT: a newcomer ends there; 0: off
+HURDLE_AT = 0.4  # share of the budget, in tenths; at 0.2 the loss says little yet about the score
 HURDLE_SAMPLE = 0.1  # share of those that run on all the same, to see what the hurdle costs
 # The final
 FINALISTS = 3  # best genomes that meet the best transformer
@@ -122,6 +123,8 @@ def read_settings(args: argparse.Namespace) -> "Settings":
     for name in ("mutation_rate", "crossover_rate", "hurdle_sample"):
         if not 0 <= getattr(settings, name) <= 1:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: is a share, from 0 to 1")
+    if settings.hurdle_at not in [tenth / CURVE for tenth in range(1, CURVE)]:
+        raise Stop(f"HURDLE_AT = {settings.hurdle_at}: is a whole number of tenths, from 0.1 to 0.9")
     for name in ("time_budget", "final_factor"):
         if not 0 < getattr(settings, name) < math.inf:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be above 0")
@@ -150,7 +153,7 @@ class Task:
     operator: str  # what made the genome: random, crossover, a mutation; or again, entrant, final
     genome: Genome
     seed: int  # of initialisation and of the order of batches
-    hurdle: float | None = None  # nats per token after a fifth of the budget
+    hurdle: float | None = None  # nats per token at HURDLE_AT
     spared: bool = False  # runs on when it misses the hurdle
     final: bool = False  # scored on test as well
 
@@ -502,6 +505,7 @@ class Trial:
         factor = s.final_factor if task.final else 1.0
         seconds, tokens = s.time_budget * factor, s.token_budget * factor
         diverged = math.log(self.data.vocab_size) + 1
+        before_hurdle = tenth_before_hurdle(s)
         losses: list[list[float]] = [[] for _ in range(CURVE)]
         recent: collections.deque = collections.deque(maxlen=50)
         host = torch.zeros(2, pin_memory=self.on_gpu)
@@ -535,8 +539,8 @@ class Trial:
             recent.append(loss)
             if not math.isfinite(loss) or (len(recent) == 50 and statistics.fmean(recent) > diverged):
                 status = "nan"
-            if not hurdle and task.hurdle is not None and tenth >= 2 and losses[1]:
-                missed = statistics.fmean(losses[1]) > task.hurdle
+            if not hurdle and task.hurdle is not None and tenth > before_hurdle and losses[before_hurdle]:
+                missed = statistics.fmean(losses[before_hurdle]) > task.hurdle
                 hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
                 status = "stopped" if hurdle == "stopped" else status
         self.synchronize()
@@ -621,6 +625,11 @@ def evaluate(
             continue
         rows = fewer(rows)
         note = f"{rows} rows at once"
+
+
+def tenth_before_hurdle(settings: "Settings") -> int:
+    """The point of the loss curve that the hurdle looks at."""
+    return round(settings.hurdle_at * CURVE) - 1
 
 
 def fewer(rows: int) -> int:
@@ -969,6 +978,21 @@ def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list
     return found[: settings.survivors]
 
 
+def hurdle_text(rows: list[Result], settings: "Settings") -> str:
+    """What the hurdle saved, and how often it would have stopped a survivor: some that miss it run on all the same."""
+    newcomers = [r for r in rows if r.is_search and r.operator != "again"]
+    stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
+    survived = sum(
+        row.id in {c.id for c in searched([r for r in rows if r.generation <= row.generation])[: settings.survivors]}
+        for row in spared
+    )
+    saved = len(stopped) * (1 - settings.hurdle_at) / max(1, sum(r.is_search for r in rows))
+    return (
+        f"hurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
+        f"{len(spared)} that missed it ran on, {survived} of them to survive"
+    )
+
+
 @dataclass
 class Generation:
     tasks: list[Task]
@@ -984,7 +1008,7 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
     seed = settings.seed * SEEDS + generation
     hurdle = None
     if settings.hurdle and survivors:
-        known = [c.curve[1] for c in survivors if math.isfinite(c.curve[1])]
+        known = [loss for c in survivors if math.isfinite(loss := c.curve[tenth_before_hurdle(settings)])]
         hurdle = max(known, default=math.inf) + settings.hurdle
     born = Generation([Task(c.id, generation, (), "again", c.genome, seed) for c in survivors])
     seen = {row.key for row in earlier}
@@ -1378,6 +1402,8 @@ def finish(run: Run, title: str):
     table = final_table(run.record.rows, run.settings)
     if table:
         print_final(table, run.settings)
+    if run.settings.hurdle:
+        print(f"\n{hurdle_text(run.record.rows, run.settings)}")
     run.report(title)
 
 

@@ -1033,21 +1033,27 @@ def fit_distances(genes: list[Gene]) -> tuple[Gene, ...]:
 
 
 def random_gene(rng: random.Random, dim: int) -> Gene:
-    """A random op with random traits, `dim` wide where it has a width."""
+    """A random op, `dim` wide where it has a width: half the time with the usual traits, else with random ones."""
     op = rng.choice(list(OPS))
-    traits = {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
+    usual = rng.random() < 0.5
+    traits = {} if usual else {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
     activation = rng.choice(list(ACTIVATIONS)) if rng.random() < 0.5 else "none"
-    skip = rng.choice((1, 1, 2, 3)) if rng.random() < 0.5 else 0
-    return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=skip, **traits)
+    return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=rng.choice((0, 1)), **traits)
+
+
+def random_piece(rng: random.Random, dim: int) -> list[Gene]:
+    """A random gene, half the time as a residual branch with a norm before it (He et al. 2016; Xiong et al. 2020)."""
+    gene = random_gene(rng, dim)
+    return [Gene("norm"), gene.change(skip=2)] if rng.random() < 0.5 else [gene]
 
 
 def random_genome(rng: random.Random) -> Genome:
-    """Two to eight random genes, each half the time as wide as the one before."""
-    dim, genes = rng.choice(WIDTHS), []
-    embed_dim = dim
-    for _ in range(rng.randint(2, 8)):
-        dim = dim if rng.random() < 0.5 else rng.choice(WIDTHS)
-        genes.append(random_gene(rng, dim))
+    """Two to six random pieces, most of them as wide as the one before."""
+    embed_dim = dim = rng.choice(WIDTHS)
+    genes = []
+    for _ in range(rng.randint(2, 6)):
+        dim = dim if rng.random() < 0.75 else rng.choice(WIDTHS)
+        genes += random_piece(rng, dim)
     return Genome(fit_distances(genes), embed_dim=embed_dim)
 
 
@@ -1148,8 +1154,9 @@ def spliced(genome: Genome, start: int, stop: int, genes) -> Genome:
 
 
 def add_gene(genome, rng):
+    """A random gene anywhere, half the time as a residual branch."""
     i = rng.randint(0, len(genome.genes))
-    return spliced(genome, i, i, [random_gene(rng, width_near(genome, i))])
+    return spliced(genome, i, i, random_piece(rng, width_near(genome, i)))
 
 
 def random_run(genome: Genome, rng: random.Random) -> tuple[int, int]:

@@ -381,15 +381,17 @@ def test_time_budget_ends_at_most_a_step_late(data, clock):
 
 
 def test_hurdle(data):
-    s = tiny(token_budget=5120)  # 20 steps, judged after 4 by the loss of the third and fourth
+    s = tiny(token_budget=5120)  # 20 steps, judged after 8 by the loss of the seventh and eighth
     free = evolve.evaluate(task(), data, s)
     assert (free.status, free.hurdle, free.tokens) == ("ok", "", 5120)
-    stopped = evolve.evaluate(task(hurdle=free.curve[1] - 0.01), data, s)
+    stopped = evolve.evaluate(task(hurdle=free.curve[3] - 0.01), data, s)
     assert (stopped.status, stopped.hurdle, stopped.val_bpb) == ("stopped", "stopped", None)
-    assert stopped.tokens == 5 * 256 and stopped.curve[:2] == free.curve[:2]
-    spared = evolve.evaluate(task(hurdle=free.curve[1] - 0.01, spared=True), data, s)
+    assert stopped.tokens == 9 * 256 and stopped.curve[:4] == free.curve[:4]
+    early = evolve.evaluate(task(hurdle=free.curve[1] - 0.01), data, tiny(token_budget=5120, hurdle_at=0.2))
+    assert (early.status, early.tokens) == ("stopped", 5 * 256)
+    spared = evolve.evaluate(task(hurdle=free.curve[3] - 0.01, spared=True), data, s)
     assert (spared.status, spared.hurdle, spared.val_bpb) == ("ok", "spared", free.val_bpb)
-    passed = evolve.evaluate(task(hurdle=free.curve[1] + 0.01, spared=True), data, s)
+    passed = evolve.evaluate(task(hurdle=free.curve[3] + 0.01, spared=True), data, s)
     assert (passed.status, passed.hurdle, passed.val_bpb) == ("ok", "passed", free.val_bpb)
 
 
@@ -874,7 +876,7 @@ def test_hurdle_is_what_the_survivors_had(free_params):
     s = tiny(**BIG, hurdle=0.25)
     rows = search(s, 3)
     survivors = evolve.searched([r for r in rows if r.generation < 2])[:3]
-    curves = {c.id: [r.curve[1] for r in rows if r.id == c.id and r.generation < 2] for c in survivors}
+    curves = {c.id: [r.curve[3] for r in rows if r.id == c.id and r.generation < 2] for c in survivors}
     worst = max(statistics.fmean(curve) for curve in curves.values())
     tasks = evolve.breed(rows, 2, s, 300).tasks
     assert [t.hurdle for t in tasks[:3]] == [None] * 3
@@ -884,6 +886,19 @@ def test_hurdle_is_what_the_survivors_had(free_params):
     spared = [t.spared for g in range(30) for t in evolve.breed(rows, 3 + g, tiny(**BIG, hurdle_sample=0.5), 300).tasks]
     assert 0.25 < sum(spared) / len(spared) < 0.5  # survivors, a quarter, meet no hurdle
     assert not any(t.spared for t in evolve.breed(rows, 2, tiny(**BIG, hurdle_sample=0.0), 300).tasks)
+
+
+def test_what_the_hurdle_saved():
+    def row(generation, id, hurdle, val_bpb, operator="change_op"):
+        status = "stopped" if hurdle == "stopped" else "ok"
+        made = Task(id, generation, (), operator, NET, 1)
+        return toy_result(made, status=status, val_bpb=val_bpb, hurdle=hurdle)
+
+    rows = [row(0, "g0.01", "", 2.0), row(0, "g0.02", "", 3.0)]
+    rows += [row(1, "g0.01", "", 2.0, "again"), row(1, "g1.01", "stopped", None), row(1, "g1.02", "spared", 2.5)]
+    rows += [row(2, "g2.01", "spared", 2.8), row(2, "g2.02", "passed", 1.0), row(2, "g2.03", "stopped", None)]
+    text = evolve.hurdle_text(rows, tiny(survivors=2, hurdle_at=0.2))
+    assert text.startswith("hurdle: 2 of 7 newcomers stopped, 20% of all training saved; 2 that missed it ran on, 1 of")
 
 
 def test_noise_floor():
@@ -1410,6 +1425,7 @@ IMPOSSIBLE += [
 ]
 IMPOSSIBLE += ["--final-seeds=1", "--strategy=best", "--time-budget=nan", "--time-budget=inf", "--final-factor=nan"]
 IMPOSSIBLE += ["--hurdle=nan", "--batch-tokens=1000", "--survivors=12", "--immigrants=9", "--population-size=4"]
+IMPOSSIBLE += [f"--hurdle-at={x}" for x in (0, 0.25, 1, "nan")]
 
 
 @pytest.mark.parametrize("flag", IMPOSSIBLE)
