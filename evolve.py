@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import functools
 import gc
 import hashlib
 import itertools
@@ -66,8 +65,8 @@ MAX_PARAMS = 10_000_000  # parameters of a genome, embedding and head included
 BATCH_TOKENS = 32_768  # tokens per optimizer step
 SEQ_LEN = 2_048  # tokens that a model sees at once
 EVAL_TOKENS = 1_048_576  # tokens of val, and of test, that are scored
-HURDLE = 0.15  # nats per token worse than every survivor at HURDLE_AT: a newcomer ends there; 0: off
-HURDLE_AT = 0.4  # share of the budget, in tenths; at 0.2 the loss says little yet about the score
+HURDLE = 0.05  # nats per token worse than every survivor at HURDLE_AT: a newcomer ends there; 0: off
+HURDLE_AT = 0.5  # share of the budget, in tenths; at 0.2 the loss says little yet about the score
 HURDLE_SAMPLE = 0.1  # share of those that run on all the same, to see what the hurdle costs
 # The final
 FINALISTS = 3  # best genomes that meet the best transformer
@@ -85,7 +84,7 @@ CONSTANTS = {
 }
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
     population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=16_384, max_params=3_000_000,
-    batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.1, finalists=1, final_seeds=2, final_factor=1.0,
+    batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.2, finalists=1, final_seeds=2, final_factor=1.0,
 )  # fmt: skip
 NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "workers_per_gpu", "deadline")  # may change on the way
 Settings = dataclasses.make_dataclass(
@@ -325,18 +324,17 @@ class OnlyCompiled(Exception):
     """Raised in the place of running what was just compiled."""
 
 
-def inductor(graph, inputs, tune: bool):
+def inductor(graph, inputs):
     """torch.compile's own backend, forward and backward at once, but with a stop before it runs.
 
-    Without `tune` each kernel comes in one form, chosen by rule: trying several on the device would cost each new gene
-    more than it gains in a trial of seconds.
+    Pointwise kernels come in one form, chosen by rule; reductions are tuned on the device when they first run, without
+    which attention with four heads would take 19 % longer.
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
-    untuned = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": True}
     with config.patch(force_non_lazy_backward_lowering=True):
-        run = compile_fx(graph, inputs, config_patches={} if tune else untuned)
+        run = compile_fx(graph, inputs, config_patches={"triton.autotune_pointwise": False})
 
     def run_unless_compile_only(*args):
         if compile_only:
@@ -350,13 +348,13 @@ def call(part, *args):
     return type(part).forward(part, *args)
 
 
-def compile_part(part: torch.nn.Module, key: tuple, inputs: list, tune: bool = False) -> str:
+def compile_part(part: torch.nn.Module, key: tuple, inputs: list) -> str:
     """Let part.forward run compiled; returns why it cannot, or an empty string. No kernel runs."""
     global compile_only
     if key not in COMPILED:
         # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
         function = types.FunctionType(call.__code__.replace(co_name=key[0]), globals())
-        COMPILED[key] = torch.compile(function, backend=functools.partial(inductor, tune=tune), dynamic=False)
+        COMPILED[key] = torch.compile(function, backend=inductor, dynamic=False)
         compile_only = True
         try:
             COMPILED[key](part, *inputs)
@@ -387,7 +385,7 @@ def compile_model(model: Model, rows: int, seq_len: int) -> str:
 
     eager = []
     shape = (rows, seq_len, vocab_size)
-    compile_part(model.enter, ("enter", embed_dim, *shape), [idx], tune=True)
+    compile_part(model.enter, ("enter", embed_dim, *shape), [idx])
     for node, block in zip(genome.network, model.blocks, strict=True):
         if not OPS[node.gene.op].compiles:
             eager.append(node.gene.op)
@@ -399,7 +397,7 @@ def compile_model(model: Model, rows: int, seq_len: int) -> str:
             eager.append(f"{node.gene.op} ({reason})")
     embedding = model.enter.embedding if genome.tied else None
     key = ("leave", genome.d_out, genome.tied and embed_dim, *shape)
-    compile_part(model.leave, key, [stream(genome.d_out), embedding, idx], tune=True)
+    compile_part(model.leave, key, [stream(genome.d_out), embedding, idx])
     return "eager: " + ", ".join(sorted(set(eager))) if eager else ""
 
 
@@ -656,6 +654,8 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     pipe.send("idle")
     while True:
         task = pipe.recv()
+        if task is None:  # the pool was stopped
+            return
 
         def wait_for_turn():
             pipe.send("ready")
@@ -720,8 +720,15 @@ class Pool:
 
     def stop(self):
         for w in self.workers:
-            w.process.kill()
+            if w.state == "idle":
+                with contextlib.suppress(OSError):
+                    w.pipe.send(None)  # it ends by itself, and leaves nothing behind
+            else:
+                w.process.kill()
+        deadline = time.monotonic() + 5
         for w in self.workers:
+            w.process.join(max(0.0, deadline - time.monotonic()))
+            w.process.kill()
             w.process.join()
 
     def limit(self, w: Worker) -> float:
@@ -816,6 +823,26 @@ def from_line(line: str) -> Result:
     return Result(**values)
 
 
+def parse_results(content: bytes) -> tuple[dict, list[Result]]:
+    """What run a results.tsv is of, and its rows. Raises ValueError or TypeError on anything else."""
+    first, names, *lines = content.decode().split("\n")[:-1]
+    run = json.loads(first.removeprefix("# "))
+    if not isinstance(run, dict) or names.split("\t") != COLUMNS:
+        raise ValueError("other columns")
+    return run, [from_line(line) for line in lines]
+
+
+def find_controls(out: Path, run: dict) -> dict[str, list[Result]]:
+    """Runs in out/runs that differ from this one in STRATEGY alone: the rows of the newest of each."""
+    found = {}
+    for path in sorted(out.glob("runs/*/results.tsv")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            other, rows = parse_results(path.read_bytes())
+            if other != run and {**other, "strategy": ""} == {**run, "strategy": ""}:
+                found[other["strategy"]] = rows
+    return found
+
+
 class Record:
     """The results.tsv of a folder, locked while it is open. Raises Stop where it cannot be read, written or locked."""
 
@@ -841,11 +868,7 @@ class Record:
             raise Stop(f"{self.path} cannot be read ({error.strerror}); move it away, or use --out DIR") from None
         whole = content[: content.rfind(b"\n") + 1]  # a line torn by a crash or a full disk has no end
         try:
-            first, names, *lines = whole.decode().split("\n")[:-1]
-            run = json.loads(first.removeprefix("# "))
-            if not isinstance(run, dict) or names.split("\t") != COLUMNS:
-                raise ValueError("other columns")
-            self.run, self.rows = run, [from_line(line) for line in lines]
+            self.run, self.rows = parse_results(whole)
         except (ValueError, TypeError) as error:
             raise Stop(
                 f"{self.path} is no results.tsv of this program ({error}); move it away, or use --out DIR"
@@ -1216,8 +1239,8 @@ COLOURS = [
 ]  # Okabe & Ito 2008, for every kind of sight
 
 
-def draw(rows: list[Result], path: Path, title: str):
-    """progress.png: is it getting better, what is it made of, at what cost."""
+def draw(rows: list[Result], path: Path, title: str, controls: dict[str, list[Result]]):
+    """progress.png: is it getting better (than its controls), what is it made of, at what cost."""
     import io
 
     import matplotlib
@@ -1233,7 +1256,7 @@ def draw(rows: list[Result], path: Path, title: str):
     style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with plt.rc_context(style):
         figure, axes = plt.subplot_mosaic([["better", "better"], ["made", "cost"]], figsize=(10, 9))
-        draw_scores(axes["better"], rows, ok, generations, last)
+        draw_scores(axes["better"], rows, ok, generations, last, controls)
         draw_ops(axes["made"], ok, generations, last)
         draw_costs(axes["cost"], rows, ok, axes["better"].get_ylim())
         for name in ("better", "made"):
@@ -1247,16 +1270,24 @@ def draw(rows: list[Result], path: Path, title: str):
     write_whole(path, buffer.getvalue())
 
 
-def draw_scores(axis, rows: list[Result], ok: list[Result], generations: list[int], last: int):
-    """Every evaluation, the best and the median, and what the designs made by hand reach."""
+def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
+    """The mean of the genome that led after each generation."""
+    leaders = [next(iter(searched([r for r in rows if r.generation <= g])), None) for g in generations]
+    return [leader.mean if leader else math.nan for leader in leaders]
+
+
+def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: dict[str, list[Result]]):
+    """Every evaluation, the best and the median, and what controls and the designs made by hand reach."""
     axis.scatter(
         [r.generation for r in ok], [r.val_bpb for r in ok], s=16, color="#999999", lw=0, label="one evaluation"
     )
-    leaders = [next(iter(searched([r for r in rows if r.generation <= g])), None) for g in generations]
-    best = [leader.mean if leader else math.nan for leader in leaders]
+    best = best_so_far(rows, generations)
     median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
     axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation")
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
+    for (strategy, theirs), color in zip(sorted(controls.items()), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
+        other = best_so_far(theirs, generations)
+        axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} instead")
     noise = noise_floor(rows)
     if noise:
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
@@ -1272,7 +1303,7 @@ def draw_scores(axis, rows: list[Result], ok: list[Result], generations: list[in
         axis.axhline(level, color="#555555", lw=1, ls=":")
         axis.annotate(f"{name} by hand", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axis.set(title="Is it getting better?", ylabel="validation bits per byte (lower is better)")
-    axis.legend(fontsize=10, loc="upper center", ncol=4 if noise else 3, bbox_to_anchor=(0.5, -0.12))
+    axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.5, -0.12))
 
 
 def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
@@ -1367,7 +1398,8 @@ class Run:
         return len(tasks)
 
     def report(self, title: str):
-        draw(self.record.rows, self.out / "progress.png", title)
+        controls = find_controls(self.out, self.record.run)
+        draw(self.record.rows, self.out / "progress.png", title, controls)
         write_best(self.out, self.record, self.settings)  # last: it is what makes a run a finished one
 
 

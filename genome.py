@@ -1121,12 +1121,11 @@ def change_scale(genome, rng):
 
 
 def change_trait(genome, rng):
-    """One trait of one op."""
-    having = [i for i, gene in enumerate(genome.genes) if gene.traits]
-    if not having:
+    """One trait of one op; each trait of each gene is as likely."""
+    traits = [(i, name, value) for i, gene in enumerate(genome.genes) for name, value in gene.traits]
+    if not traits:
         return genome
-    i = rng.choice(having)
-    name, value = rng.choice(genome.genes[i].traits)
+    i, name, value = rng.choice(traits)
     gene = genome.genes[i].change(**{name: other(rng, OPS[genome.genes[i].op].traits[name], value)})
     return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
 

@@ -6,7 +6,8 @@
 speed    the transformer genome through evolve.py's trainer against a hand-written, wholly compiled and captured loop
 bpb      its val_bpb after 5, 10 and 30 seconds, three seeds each
 ops      forward and backward milliseconds of every op and trait choice
-soak     random genomes at 2 s each through the workers: time outside training, memory, statuses
+soak     100 random genomes at SECONDS each through the workers: time outside training, memory, statuses, and how many
+         get below the unigram entropy
 designs  val_bpb of the named designs after 10 s
 """
 
@@ -265,7 +266,6 @@ def ops(data, settings, folder, dim=256):
 
 
 def soak(data, settings, folder, n=100):
-    settings = dataclasses.replace(settings, time_budget=2.0)
     rng, found = random.Random(1), []
     while len(found) < n:
         genome = random_genome(rng)
@@ -282,8 +282,8 @@ def soak(data, settings, folder, n=100):
     wall = time.perf_counter() - start
     pool.stop()
     trained = sum(r.seconds for r in results)
-    print(f"soak: {len(results)} random genomes at 2 s: {wall:.0f} s in all, {trained:.0f} s of it training, "
-          f"{(wall - trained) / len(results):.2f} s outside each "
+    print(f"soak: {len(results)} random genomes at {settings.time_budget:g} s: {wall:.0f} s in all, "
+          f"{trained:.0f} s of it training, {(wall - trained) / len(results):.2f} s outside each "
           f"({statistics.fmean(r.outside for r in results):.2f} on the device)")  # fmt: skip
     print(f"  first result's start-up {started:.1f} s; longest training {max(r.seconds for r in results):.3f} s")
     print(f"  status {dict(collections.Counter(r.status for r in results))}")
@@ -318,6 +318,7 @@ BENCHMARKS = {"speed": speed, "bpb": bpb, "ops": ops, "soak": soak, "designs": d
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of training in a soak trial (default 2)")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -327,7 +328,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {data.source} {data.fingerprint}\n", flush=True)
     for name in args.which or BENCHMARKS:
-        BENCHMARKS[name](data, evolve.Settings(), folder)
+        BENCHMARKS[name](data, evolve.Settings(time_budget=args.seconds), folder)
         print()
 
 

@@ -381,17 +381,17 @@ def test_time_budget_ends_at_most_a_step_late(data, clock):
 
 
 def test_hurdle(data):
-    s = tiny(token_budget=5120)  # 20 steps, judged after 8 by the loss of the seventh and eighth
+    s = tiny(token_budget=5120)  # 20 steps, judged after 10 by the loss of the ninth and tenth
     free = evolve.evaluate(task(), data, s)
     assert (free.status, free.hurdle, free.tokens) == ("ok", "", 5120)
-    stopped = evolve.evaluate(task(hurdle=free.curve[3] - 0.01), data, s)
+    stopped = evolve.evaluate(task(hurdle=free.curve[4] - 0.01), data, s)
     assert (stopped.status, stopped.hurdle, stopped.val_bpb) == ("stopped", "stopped", None)
-    assert stopped.tokens == 9 * 256 and stopped.curve[:4] == free.curve[:4]
+    assert stopped.tokens == 11 * 256 and stopped.curve[:5] == free.curve[:5]
     early = evolve.evaluate(task(hurdle=free.curve[1] - 0.01), data, tiny(token_budget=5120, hurdle_at=0.2))
     assert (early.status, early.tokens) == ("stopped", 5 * 256)
-    spared = evolve.evaluate(task(hurdle=free.curve[3] - 0.01, spared=True), data, s)
+    spared = evolve.evaluate(task(hurdle=free.curve[4] - 0.01, spared=True), data, s)
     assert (spared.status, spared.hurdle, spared.val_bpb) == ("ok", "spared", free.val_bpb)
-    passed = evolve.evaluate(task(hurdle=free.curve[3] + 0.01, spared=True), data, s)
+    passed = evolve.evaluate(task(hurdle=free.curve[4] + 0.01, spared=True), data, s)
     assert (passed.status, passed.hurdle, passed.val_bpb) == ("ok", "passed", free.val_bpb)
 
 
@@ -876,7 +876,7 @@ def test_hurdle_is_what_the_survivors_had(free_params):
     s = tiny(**BIG, hurdle=0.25)
     rows = search(s, 3)
     survivors = evolve.searched([r for r in rows if r.generation < 2])[:3]
-    curves = {c.id: [r.curve[3] for r in rows if r.id == c.id and r.generation < 2] for c in survivors}
+    curves = {c.id: [r.curve[4] for r in rows if r.id == c.id and r.generation < 2] for c in survivors}
     worst = max(statistics.fmean(curve) for curve in curves.values())
     tasks = evolve.breed(rows, 2, s, 300).tasks
     assert [t.hurdle for t in tasks[:3]] == [None] * 3
@@ -1075,7 +1075,7 @@ def test_an_unwritable_folder(free_params):
 @pytest.fixture
 def play(toys, free_params, data_dir, tmp_path, monkeypatch, capsys):
     """Run the command with flags; returns the exit code and what it printed."""
-    monkeypatch.setattr(evolve, "draw", lambda rows, path, title: path.write_text(f"{len(rows)} rows"))
+    monkeypatch.setattr(evolve, "draw", lambda rows, path, title, controls: path.write_text(f"{len(rows)} rows"))
     monkeypatch.setattr(evolve, "ENTRANTS", {"transformer-1x64": transformer(1, 64, 1), "mlp-1x64": genome.mlp(1, 64)})
 
     def play(*flags: str, out: Path = tmp_path / "out") -> tuple[int, str]:
@@ -1381,13 +1381,35 @@ def test_the_picture(free_params, tmp_path):
         "all the same": odd,
         "one far off": [*rows, dataclasses.replace(rows[0], id="far", val_bpb=1e6)],
     }.items():
-        evolve.draw(drawn, tmp_path / "progress.png", f"a title: {name}")
+        evolve.draw(drawn, tmp_path / "progress.png", f"a title: {name}", {})
         sizes.add(png_size(tmp_path / "progress.png"))
         (tmp_path / "progress.png").unlink()
     assert len(sizes) == 1 and min(next(iter(sizes))) > 500
     for drawn in ([], entrants, search(s, 2, status=lambda t: "crash")):
-        evolve.draw(drawn, tmp_path / "progress.png", "nothing was scored")
+        evolve.draw(drawn, tmp_path / "progress.png", "nothing was scored", {})
         assert not (tmp_path / "progress.png").exists()
+    evolve.draw(rows, tmp_path / "alone.png", "a title", {})
+    evolve.draw(rows, tmp_path / "beside.png", "a title", {"random": search(s, 2), "drift": []})
+    assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "beside.png").read_bytes()
+
+
+def test_controls_are_runs_that_differ_in_strategy_alone(free_params, tmp_path):
+    run = {"strategy": "evolution", "seed": 0, "data": "text"}
+    rows = search(tiny(**BIG), 1)
+    for name, other in {
+        "1": run | {"strategy": "random"},
+        "2": run | {"strategy": "random", "seed": 1},
+        "3": run,
+        "4": run | {"strategy": "drift"},
+    }.items():
+        with record_in(tmp_path / "runs" / name) as record:
+            record.begin(other)
+            for row in rows[: int(name)]:
+                record.append(row)
+    (tmp_path / "runs" / "5").mkdir()
+    (tmp_path / "runs" / "5" / "results.tsv").write_text("no results\n")
+    found = evolve.find_controls(tmp_path, run)
+    assert {strategy: len(rows) for strategy, rows in found.items()} == {"random": 1, "drift": 4}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
