@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import gc
 import hashlib
 import itertools
@@ -46,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 import prepare
-from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Genome, GenomeError, Model, crossover, mutate, random_genome
+from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Block, Genome, GenomeError, Model, crossover, mutate, random_genome
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The search
@@ -324,17 +325,18 @@ class OnlyCompiled(Exception):
     """Raised in the place of running what was just compiled."""
 
 
-def inductor(graph, inputs):
+def inductor(graph, inputs, tune: bool):
     """torch.compile's own backend, forward and backward at once, but with a stop before it runs.
 
-    Pointwise kernels come in one form, chosen by rule; reductions are tuned on the device when they first run, without
-    which attention with four heads would take 19 % longer.
+    Each kernel comes in one form, chosen by rule: trying several on the device would hold it for half a second a gene.
+    With `tune` reductions are tried all the same; the rule is bad for the norms of short heads.
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
+    by_rule = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": not tune}
     with config.patch(force_non_lazy_backward_lowering=True):
-        run = compile_fx(graph, inputs, config_patches={"triton.autotune_pointwise": False})
+        run = compile_fx(graph, inputs, config_patches=by_rule)
 
     def run_unless_compile_only(*args):
         if compile_only:
@@ -354,7 +356,8 @@ def compile_part(part: torch.nn.Module, key: tuple, inputs: list) -> str:
     if key not in COMPILED:
         # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
         function = types.FunctionType(call.__code__.replace(co_name=key[0]), globals())
-        COMPILED[key] = torch.compile(function, backend=inductor, dynamic=False)
+        backend = functools.partial(inductor, tune=isinstance(part, Block) and part.op.tuned)
+        COMPILED[key] = torch.compile(function, backend=backend, dynamic=False)
         compile_only = True
         try:
             COMPILED[key](part, *inputs)
@@ -932,8 +935,11 @@ def write_whole(path: Path, content: str | bytes):
 
 def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
     """What makes two runs the same one: constants, data, device and search space."""
-    code = ast.dump(ast.parse(Path(__file__).with_name("genome.py").read_text(encoding="utf-8")))  # without comments
-    space = f"{code} {MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS}"
+    tree = ast.parse(Path(__file__).with_name("genome.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):  # what it says counts, not how it is explained
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    space = f"{ast.dump(tree)} {MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS}"
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_OF_A_RUN}
     return {
         **own,

@@ -1393,6 +1393,22 @@ def test_the_picture(free_params, tmp_path):
     assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "beside.png").read_bytes()
 
 
+def test_a_run_is_the_same_as_long_as_the_search_space_is(monkeypatch, tmp_path):
+    data = types.SimpleNamespace(source="text", fingerprint="0")
+    code = (Path(evolve.__file__).parent / "genome.py").read_text(encoding="utf-8")
+    monkeypatch.setattr(evolve, "__file__", str(tmp_path / "evolve.py"))
+
+    def run_with(old: str, new: str) -> dict:
+        assert old in code
+        (tmp_path / "genome.py").write_text(code.replace(old, new), encoding="utf-8")
+        return evolve.describe_run(evolve.Settings(), data, "cpu")
+
+    before = run_with("", "")
+    assert run_with('"""A matrix applied', '"""Some matrix applied') == before
+    assert run_with("# The vocabulary of", "# Vocabulary of") == before
+    assert run_with("WIDTHS = (64,", "WIDTHS = (32, 64,") != before
+
+
 def test_controls_are_runs_that_differ_in_strategy_alone(free_params, tmp_path):
     run = {"strategy": "evolution", "seed": 0, "data": "text"}
     rows = search(tiny(**BIG), 1)
