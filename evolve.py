@@ -1200,6 +1200,13 @@ def lineage(rows: list[Result], name: str) -> list[dict]:
     ]
 
 
+def print_lineage(rows: list[Result], name: str):
+    print(f"\nHow {name} came to be\n")
+    for row in lineage(rows, name):
+        score = f"{row['val_bpb']:.4f}" if row["val_bpb"] is not None else "—"
+        print(f"{row['id']:<8}{score:>8}  {row['operator']:<24}  {row['summary']}")
+
+
 def write_best(out: Path, record: Record, settings: "Settings"):
     """best_genome.json: the winner of the final, before it the best of the search, with all it takes to check it."""
     found = searched(record.rows)
@@ -1293,7 +1300,7 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
     for (strategy, theirs), color in zip(sorted(controls.items()), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
         other = best_so_far(theirs, generations)
-        axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} instead")
+        axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
     noise = noise_floor(rows)
     if noise:
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
@@ -1305,9 +1312,9 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     top, bottom = np.nanmax([*levels.values(), *median, *best]) + 0.02, np.nanmin([*levels.values(), *median, *best])
     axis.set_ylim(bottom - 0.1 * (top - bottom), top + 0.1 * (top - bottom))
     axis.set_xlim(-0.5, last + 0.5)
-    for name, level in levels.items():
-        axis.axhline(level, color="#555555", lw=1, ls=":")
-        axis.annotate(f"{name} by hand", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    for i, (name, level) in enumerate(levels.items()):
+        axis.axhline(level, color="#555555", lw=1, ls=":", label=None if i else "made by hand, best of each kind")
+        axis.annotate(f" {name}", (1, level), xycoords=("axes fraction", "data"), ha="left", va="center")
     axis.set(title="Is it getting better?", ylabel="validation bits per byte (lower is better)")
     axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.5, -0.12))
 
@@ -1440,6 +1447,7 @@ def finish(run: Run, title: str):
     table = final_table(run.record.rows, run.settings)
     if table:
         print_final(table, run.settings)
+        print_lineage(run.record.rows, next((f.id for f in table if f.lead), table[0].id))
     if run.settings.hurdle:
         print(f"\n{hurdle_text(run.record.rows, run.settings)}")
     run.report(title)

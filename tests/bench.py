@@ -2,18 +2,22 @@
 
     uv run tests/bench.py --data-dir DIR              everything
     uv run tests/bench.py --data-dir DIR speed bpb    only these
+    uv run tests/bench.py --data-dir DIR --seconds 3 soak
 
 speed    the transformer genome through evolve.py's trainer against a hand-written, wholly compiled and captured loop
 bpb      its val_bpb after 5, 10 and 30 seconds, three seeds each
 ops      forward and backward milliseconds of every op and trait choice
-soak     100 random genomes at SECONDS each through the workers: time outside training, memory, statuses, and how many
-         get below the unigram entropy
+soak     100 random genomes at 2 s each through the workers: time outside training, memory, statuses, and how many get
+         below the unigram entropy
 designs  val_bpb of the named designs after 10 s
+parts    best_genome.json without one of its parts at a time, 10 s, three seeds each: what is each worth?
 """
 
 import argparse
 import collections
 import dataclasses
+import gc
+import json
 import random
 import statistics
 import sys
@@ -221,6 +225,7 @@ def ops(data, settings, folder, dim=256):
     rows = settings.batch_tokens // settings.seq_len
     evolve.COMPILED.clear()
     for gene in every_gene(dim):
+        held = torch.cuda.memory_allocated()
         block = Block(gene, dim, None).cuda()
         x = torch.randn(rows, settings.seq_len, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         start = time.perf_counter()
@@ -244,21 +249,21 @@ def ops(data, settings, folder, dim=256):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # an op that cannot be captured ends the benchmark with torch's own reason
             work()
-        replay = graph.replay
-        replay()
+        graph.replay()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(20):
-            replay()
+            graph.replay()
         end.record()
         torch.cuda.synchronize()
         usual = dict(Gene(gene.op, gene.dim).traits)
         changed = ", ".join(f"{trait} {value}" for trait, value in gene.traits if usual[trait] != value)
         finite = "" if y.isfinite().all() else "NOT FINITE "
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = (torch.cuda.max_memory_allocated() - held) / 2**30
         print(f"  {gene.op:<11} {changed:<30} {begin.elapsed_time(end) / 20:7.3f} ms   peak {peak:5.2f} GiB   "
               f"first use {first_s:5.1f} s   {finite}{reason}", flush=True)  # fmt: skip
-        del block, x, y, out, params, work, graph, replay
+        del block, x, y, out, params, work, graph
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -303,22 +308,60 @@ def unigram_entropy(data) -> float:
 
 
 def designs(data, settings, folder):
-    named = {**genomes.ENTRANTS, **getattr(genomes, "NAMED_DESIGNS", {})}
+    named = {**genomes.ENTRANTS, **genomes.NAMED_DESIGNS}
     tasks = [dataclasses.replace(task_for(g), id=name) for name, g in named.items()]
-    pool = evolve.Pool(folder, dataclasses.replace(settings, time_budget=10.0))
-    print("val_bpb after 10 s")
+    pool = evolve.Pool(folder, settings)
+    print(f"val_bpb after {settings.time_budget:g} s")
     for r in pool.run(tasks):
         evolve.print_result(r)
     pool.stop()
 
 
-BENCHMARKS = {"speed": speed, "bpb": bpb, "ops": ops, "soak": soak, "designs": designs}
+def without_a_part(genome: Genome):
+    """Name and genome for each gene taken out and each trait put back to its default, each network once."""
+    seen = {genome.key}
+    for i, gene in enumerate(genome.genes):
+        less = {f"without {gene.op}": genomes.spliced(genome, i, i + 1, [])}
+        usual = Gene(gene.op, gene.dim).to_dict()
+        for name, value in gene.to_dict().items():
+            if name not in ("op", "dim", "input", "skip") and value != usual[name]:
+                genes = (*genome.genes[:i], gene.change(**{name: usual[name]}), *genome.genes[i + 1 :])
+                less[f"{gene.op} {name} {usual[name]}, not {value}"] = dataclasses.replace(genome, genes=genes)
+        for name, child in less.items():
+            if child.key not in seen:
+                seen.add(child.key)
+                yield f"gene {i + 1}: {name}", child
+    for name, choices in genomes.GENOME_TRAITS.items():
+        child = dataclasses.replace(genome, **{name: choices[0]})
+        if child.key not in seen:
+            seen.add(child.key)
+            yield f"{name} {choices[0]}, not {getattr(genome, name)}", child
+
+
+def parts(data, settings, folder, seeds=3, path="best_genome.json"):
+    genome = Genome.from_dict(json.loads(Path(path).read_text())["genome"])
+    print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
+    named = {"whole": genome, **dict(without_a_part(genome))}
+    tasks = [dataclasses.replace(task_for(g, seed), id=name) for seed in range(seeds) for name, g in named.items()]
+    pool = evolve.Pool(folder, settings)
+    scores = collections.defaultdict(dict)
+    for r in pool.run(tasks):
+        scores[r.id][r.seed] = r.val_bpb if r.status == "ok" else float("nan")
+    pool.stop()
+    for name in named:
+        mine = evolve.estimate(scores[name][seed] for seed in range(seeds))
+        worth = evolve.estimate(scores[name][seed] - scores["whole"][seed] for seed in range(seeds))
+        print(f"  {name:<60} {mine}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
+
+
+BENCHMARKS = {"speed": speed, "bpb": bpb, "ops": ops, "soak": soak, "designs": designs, "parts": parts}
+SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of training in a soak trial (default 2)")
+    parser.add_argument("--seconds", type=float, help="of training in a trial of soak, designs and parts")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -328,7 +371,8 @@ def main():
     torch.set_float32_matmul_precision("high")
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {data.source} {data.fingerprint}\n", flush=True)
     for name in args.which or BENCHMARKS:
-        BENCHMARKS[name](data, evolve.Settings(time_budget=args.seconds), folder)
+        seconds = args.seconds or SECONDS.get(name, evolve.TIME_BUDGET)
+        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), folder)
         print()
 
 
