@@ -51,10 +51,11 @@ from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Block, Genome, GenomeError, Model
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The search
-POPULATION_SIZE = 12  # evaluations in a generation: the survivors once more, and children
+POPULATION_SIZE = 12  # evaluations in a generation: survivors once more, and children
 SURVIVORS = 3  # genomes that breed the next generation
+REPEATS = 3  # evaluations of a survivor, one a generation, each with a new seed; after that its mean stands
 MUTATION_RATE = 0.3  # chance of each further mutation after the first, and of one after a crossover
-CROSSOVER_RATE = 0.5  # share of children with two parents
+CROSSOVER_RATE = 0.3  # share of children with two parents
 IMMIGRANTS = 1  # random newcomers among the children of a generation
 MAX_GENERATIONS = 25  # generations until the final; raise it to go on
 STRATEGY = "evolution"  # evolution, random (every child a random genome) or drift (survivors drawn at random)
@@ -66,11 +67,12 @@ MAX_PARAMS = 10_000_000  # parameters of a genome, embedding and head included
 BATCH_TOKENS = 32_768  # tokens per optimizer step
 SEQ_LEN = 2_048  # tokens that a model sees at once
 EVAL_TOKENS = 1_048_576  # tokens of val, and of test, that are scored
-HURDLE = 0.05  # nats per token worse than every survivor at HURDLE_AT: a newcomer ends there; 0: off
-HURDLE_AT = 0.5  # share of the budget, in tenths; at 0.2 the loss says little yet about the score
+HURDLE = 0.1  # nats per token worse than every survivor at HURDLE_AT: a newcomer ends there; 0: off
+HURDLE_AT = 0.7  # share of the budget, in tenths; earlier the loss is unfair to deep genomes and high learning rates
 HURDLE_SAMPLE = 0.1  # share of those that run on all the same, to see what the hurdle costs
 # The final
-FINALISTS = 3  # best genomes that meet the best transformer
+FINALISTS = 3  # best genomes in it
+RIVALS = 2  # best transformers in it
 FINAL_SEEDS = 5  # times that each is retrained
 FINAL_FACTOR = 2.0  # times the budget of the search
 # The machine
@@ -85,9 +87,10 @@ CONSTANTS = {
 }
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
     population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=16_384, max_params=3_000_000,
-    batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.2, finalists=1, final_seeds=2, final_factor=1.0,
+    batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.3, finalists=1, final_seeds=2, final_factor=1.0,
 )  # fmt: skip
-NOT_OF_A_RUN = ("max_generations", "finalists", "final_seeds", "workers_per_gpu", "deadline")  # may change on the way
+# what may change within a run
+MAY_CHANGE = ("max_generations", "finalists", "rivals", "final_seeds", "workers_per_gpu", "deadline")
 Settings = dataclasses.make_dataclass(
     "Settings",
     [(name.lower(), type(value), field(default=value)) for name, value in CONSTANTS.items()],
@@ -113,11 +116,11 @@ def read_settings(args: argparse.Namespace) -> "Settings":
     if "time_budget" in given:
         given.setdefault("token_budget", 0)  # whoever asks for seconds gets seconds, in the demo too
     settings = Settings(**{**(DEMO if args.demo else {}), **given})
-    sizes = "population_size survivors batch_tokens seq_len eval_tokens max_params finalists deadline"
+    sizes = "population_size survivors repeats batch_tokens seq_len eval_tokens max_params finalists deadline"
     for name in sizes.split():
         if getattr(settings, name) < 1:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be at least 1")
-    for name in ("immigrants", "max_generations", "token_budget", "hurdle", "seed", "workers_per_gpu"):
+    for name in ("immigrants", "max_generations", "token_budget", "hurdle", "rivals", "seed", "workers_per_gpu"):
         if not getattr(settings, name) >= 0:
             raise Stop(f"{name.upper()} = {getattr(settings, name)}: cannot be negative")
     for name in ("mutation_rate", "crossover_rate", "hurdle_sample"):
@@ -933,21 +936,26 @@ def write_whole(path: Path, content: str | bytes):
         raise Stop(f"Cannot write {path}: {error.strerror}. results.tsv is intact; run again to go on") from None
 
 
+TRAINS_AND_BREEDS = ["orthogonalize", "MuonGroup", "Optimizer", "schedule_at", "Trial", "candidates", "select", "breed"]
+
+
 def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
-    """What makes two runs the same one: constants, data, device and search space."""
-    tree = ast.parse(Path(__file__).with_name("genome.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):  # what it says counts, not how it is explained
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    space = f"{ast.dump(tree)} {MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS}"
-    own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_OF_A_RUN}
+    """What makes two runs the same one: constants, data, device, and the code that trains and breeds."""
+    code = f"{MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS} {ADAM_EPS}"
+    for file, names in ("genome.py", None), ("evolve.py", TRAINS_AND_BREEDS):
+        tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):  # what it does counts, not how it is explained
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        code += "".join(ast.dump(node) for node in tree.body if not names or getattr(node, "name", "") in names)
+    own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
     return {
         **own,
         "data": data.source,
         "fingerprint": data.fingerprint,
         "device": device,
         "torch": torch.__version__,
-        "space": hashlib.sha256(space.encode()).hexdigest()[:12],
+        "code": hashlib.sha256(code.encode()).hexdigest()[:12],
     }
 
 
@@ -1039,9 +1047,10 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
     if settings.hurdle and survivors:
         known = [loss for c in survivors if math.isfinite(loss := c.curve[tenth_before_hurdle(settings)])]
         hurdle = max(known, default=math.inf) + settings.hurdle
-    born = Generation([Task(c.id, generation, (), "again", c.genome, seed) for c in survivors])
+    again = [c for c in survivors if len(c.scores) < settings.repeats]
+    born = Generation([Task(c.id, generation, (), "again", c.genome, seed) for c in again])
     seen = {row.key for row in earlier}
-    newcomers = settings.population_size - len(survivors)
+    newcomers = settings.population_size - len(again)
     for n in range(newcomers):
         while True:
             parents: list[Candidate] = []
@@ -1079,20 +1088,19 @@ def entrant_tasks(settings: "Settings", vocab_size: int) -> list[Task]:
     ]
 
 
-def best_transformer(rows: list[Result]) -> Candidate | None:
+def best_transformers(rows: list[Result], settings: "Settings") -> list[Candidate]:
     entrants = candidates([row for row in rows if row.operator == "entrant"])
-    return next((c for c in entrants if c.id.startswith("transformer")), None)
+    return [c for c in entrants if c.id.startswith("transformer")][: settings.rivals]
 
 
 def final_tasks(rows: list[Result], settings: "Settings") -> list[Task]:
-    """The best genomes and the best transformer, each with the same fresh seeds."""
-    finalists = searched(rows)[: settings.finalists]
-    rival = best_transformer(rows)
+    """The best genomes and the best transformers, each with the same fresh seeds."""
+    finalists = [*searched(rows)[: settings.finalists], *best_transformers(rows, settings)]
     first = settings.seed * SEEDS + SEEDS // 2  # seeds that the search never used
     return [
         Task(c.id, settings.max_generations, (), "final", c.genome, first + n, final=True)
         for n in range(settings.final_seeds)
-        for c in [*finalists, *([rival] if rival else [])]
+        for c in finalists
     ]
 
 
@@ -1132,7 +1140,7 @@ class Finalist:
     test: Estimate
     val: Estimate
     search: float  # mean val_bpb in the search, which chose it: compare with val for the winner's curse
-    lead: Estimate | None  # test_bpb of the best transformer minus its own, seed by seed
+    lead: Estimate | None  # test_bpb of the best transformer by val minus its own, seed by seed
     failed: int  # evaluations of the final that were not ok
 
 
@@ -1145,36 +1153,29 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
     done = {(r.id, r.seed): r for r in rows if r.operator == "final" and r.generation == settings.max_generations}
     if not tasks or any((t.id, t.seed) not in done for t in tasks):
         return []
-    rival = best_transformer(rows)
-    before = {c.id: c.mean for c in [*searched(rows), *([rival] if rival else [])]}
+    rivals = [c.id for c in best_transformers(rows, settings)]
+    before = {c.id: c.mean for c in [*searched(rows), *best_transformers(rows, settings)]}
     table = []
     for name in dict.fromkeys(t.id for t in tasks):
         mine = [done[t.id, t.seed] for t in tasks if t.id == name]
-        ok = [r for r in mine if r.status == "ok"]
-        if not ok:
-            continue
-        lead = None
-        if rival and name != rival.id:
-            pairs = [(done[rival.id, r.seed], r) for r in ok]
-            leads = [theirs.test_bpb - r.test_bpb for theirs, r in pairs if theirs.status == "ok"]
-            lead = estimate(leads) if leads else None
-        table.append(
-            Finalist(
-                name,
-                Genome.from_json(mine[0].genome),
-                estimate(r.test_bpb for r in ok),
-                estimate(r.val_bpb for r in ok),
-                before[name],
-                lead,
-                len(mine) - len(ok),
-            )
-        )
-    return sorted(table, key=lambda f: (f.failed > 0, f.val.mean))
+        ok = {r.seed: r for r in mine if r.status == "ok"}
+        if ok:
+            test, val = estimate(r.test_bpb for r in ok.values()), estimate(r.val_bpb for r in ok.values())
+            genome = Genome.from_json(mine[0].genome)
+            table.append(Finalist(name, genome, test, val, before[name], None, len(mine) - len(ok)))
+    table.sort(key=lambda f: (f.failed > 0, f.val.mean))
+    rival = next((f.id for f in table if f.id in rivals), None)
+    for n, f in enumerate(table):
+        pairs = [(done[rival, t.seed], done[f.id, t.seed]) for t in tasks if t.id == f.id] if rival else []
+        leads = [a.test_bpb - b.test_bpb for a, b in pairs if a.status == b.status == "ok"]
+        if leads and f.id not in rivals:
+            table[n] = dataclasses.replace(f, lead=estimate(leads))
+    return table
 
 
 def print_final(table: list[Finalist], settings: "Settings"):
     print(f"\nThe final: {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte\n")
-    print(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the transformer on test")
+    print(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the best transformer on test")
     for f in table:
         lead = f"{f.lead}" if f.lead else ""
         failed = f"   ({f.failed} failed)" if f.failed else ""
@@ -1421,7 +1422,7 @@ def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Datase
     run = Run(out, record, settings, data)
     title = f"genesis, {settings.strategy}: {data.source}, {record.run['device']}, {budget_text(settings)} a trial"
     per_generation, generations = settings.population_size, settings.max_generations
-    finals = settings.final_seeds * (settings.finalists + 1)
+    finals = settings.final_seeds * (settings.finalists + settings.rivals)
     try:
         run.evaluate("by hand", entrant_tasks(settings, data.vocab_size), per_generation * generations + finals)
         done = collections.Counter(r.generation for r in record.rows if r.is_search)
@@ -1496,15 +1497,19 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
         raise Stop(f"{path}: not trained, status {problem}")
     rows = settings.batch_tokens // settings.seq_len
     on_device = DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu"))
-    values = None
-    while values is None:
+    while True:
+        trial = None
         try:
             trial = Trial(task, on_device, settings, rows)
             values = trial.run()
+            break
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise Stop(f"{path}: out of memory, even with one row of {settings.seq_len} tokens at once") from None
-            rows = fewer(rows)
+        del trial  # what failed makes room for what is tried next
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows = fewer(rows)
     if values["status"] != "ok":
         raise Stop(f"{path}: training ended with status {values['status']}")
     print(
@@ -1589,6 +1594,10 @@ def start(args: argparse.Namespace):
             raise Stop(
                 f"{record.path} was made on {record.run['data']} and {record.run['device']}, this is {data.source} "
                 f"and {device}; name the data with --data-dir or --demo"
+            )
+        if record.run.get("code") != run["code"]:
+            raise Stop(
+                f"{record.path} was made by other code, which trains otherwise; check out the version that made it"
             )
         settings = dataclasses.replace(settings, **{k: record.run[k] for k in record.run if hasattr(settings, k)})
         settings = dataclasses.replace(

@@ -50,7 +50,7 @@ ACTIVATIONS = {
 WIRING = {  # what every gene has beside its op's own traits
     "activation": tuple(ACTIVATIONS),
     "repeat": (1, 2, 3),  # the op applied this often with the same weights
-    "scale": (False, True),  # a learned gain per channel on what the op puts out (Touvron et al. 2021, LayerScale)
+    "scale": (False, True),  # with skip: a learned gain per channel on the branch (Touvron et al. 2021, LayerScale)
 }
 GENOME_TRAITS = {
     "embed_dim": (256, *(w for w in WIDTHS if w != 256)),  # width of the token embedding
@@ -72,9 +72,9 @@ class Op(nn.Module):
 
     class Name(Op, name="name", mixes_tokens=..., keeps_width=...), with `traits` mapping each trait to its choices and
     __init__(self, d_in, d_out, **traits). `keeps_width` says that d_out is d_in, so that the gene has no width of its
-    own. A last matrix called `out` starts smaller in a residual branch. `settle` maps combinations of traits that
-    compute the same thing to one of them. `compiles = False` keeps torch.compile away; `tuned = True` lets it try
-    several forms of each reduction on the device.
+    own. A last matrix called `out` (or `shared_out`) starts smaller in a residual branch. `settle` maps combinations of
+    traits that compute the same thing to one of them. `compiles = False` keeps torch.compile away; `tuned = True` lets
+    it try several forms of each reduction on the device.
     """
 
     name: str
@@ -236,7 +236,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
     """
 
     traits = {
-        "heads": (4, 1, 2, 8),
+        "heads": (2, 1, 4, 8),
         "kv_heads": ("all", "half", "one"),
         "position": ("rope", "none", "alibi"),
         "window": (0, 64, 256),
@@ -579,8 +579,12 @@ class Identity(Op, name="identity", keeps_width=True):
 
 @torch.compiler.assume_constant_result
 def has_grouped_mm() -> bool:
-    """Whether grouped matrix products stay on this GPU; before Hopper they wait for the host, which a graph cannot."""
-    return torch.cuda.get_device_capability()[0] in (9, 10)
+    """Whether grouped matrix products can be used, which is on Hopper.
+
+    Before it they wait for the host, which a graph cannot; after it experts without tokens get wrong gradients
+    (https://github.com/pytorch/pytorch/issues/172439).
+    """
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 class MoeRouter(Op, name="moe_router"):
@@ -736,8 +740,9 @@ class Gene:
             check_choice(f"{op}.{name}", value, WIRING[name])
         full = {n: check_choice(f"{op}.{n}", traits[n], c) if n in traits else c[0] for n, c in declared.items()}
         settled = tuple(OPS[op].settle(full).items())
-        if op == "identity" and activation in ("none", "relu"):
+        if (op, activation) in (("identity", "none"), ("identity", "relu"), ("norm", "none")):
             repeat = 1  # once more changes nothing
+        scale = scale and skip > 0  # elsewhere a gain is for the next matrix or norm to take up
         values = (op, dim, activation, input, skip, repeat, scale, settled)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
@@ -765,7 +770,13 @@ class Gene:
     @property
     def adds_nothing(self) -> bool:
         """Whether it only hands on what it reads."""
-        return self.op == "identity" and self.activation == "none" and not self.skip and not self.scale
+        return self.op == "identity" and self.activation == "none" and not self.skip
+
+    @property
+    def is_plain_norm(self) -> bool:
+        """Whether it is an RMS norm and nothing else, so that another one after it changes nothing but a gain."""
+        plain = self.op == "norm" and self.activation == "none" and not self.skip
+        return plain and dict(self.traits)["kind"] == "rms"
 
 
 class Node(NamedTuple):
@@ -805,11 +816,20 @@ class Genome:
                     raise GenomeError(f"genes[{i - 1}].{name}: {getattr(gene, name)} reaches beyond the embedding")
         object.__setattr__(self, "network", self._network())
 
-    def _network(self) -> tuple[Node, ...]:
+    def _network(self, up_to_gains: bool = False) -> tuple[Node, ...]:
+        """What is built; up_to_gains, without norms of what is normed already or by the head."""
         genes = self.genes
         stands_for = [0]  # for each state, the state that holds the same value (identities that do nothing fall away)
+        normed = {0}  # states, of which the embedding is one
         for i, gene in enumerate(genes, start=1):
-            stands_for.append(stands_for[i - gene.input] if gene.adds_nothing else i)
+            source = stands_for[i - gene.input]
+            again = up_to_gains and gene.is_plain_norm and source in normed
+            stands_for.append(source if gene.adds_nothing or again else i)
+            if gene.is_plain_norm:
+                normed.add(i)
+        last = stands_for[-1]
+        if up_to_gains and last and last in normed:
+            last = stands_for[last - genes[last - 1].input]
         place, order = {0: 0}, []
 
         def visit(i):  # what a gene reads comes before it, whatever order unrelated genes have in the genome
@@ -821,7 +841,7 @@ class Genome:
                 order.append(i)
                 place[i] = len(order)
 
-        visit(stands_for[-1])
+        visit(last)
         widths, nodes = [self.embed_dim], []
         for i in order:
             gene = genes[i - 1]
@@ -835,10 +855,10 @@ class Genome:
 
     @functools.cached_property
     def key(self) -> str:
-        """A hash of what the genome computes and how it is trained; equal keys are one network."""
+        """A hash of what the genome computes and how it is trained; equal keys are one network, but for a gain."""
         parts = [
             (n.gene.op, n.d_out, n.gene.activation, n.gene.repeat, n.gene.scale, n.gene.traits, n.source, n.skip)
-            for n in self.network
+            for n in self._network(up_to_gains=True)
         ]
         text = json.dumps([parts, self.embed_dim, self.lr_factor, self.tied])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -935,9 +955,9 @@ class Block(nn.Module):
         self.op = cls(d_out if gene.repeat > 1 else d_in, d_out, **dict(gene.traits))
         self.gain = nn.Parameter(torch.ones(d_out)) if gene.scale else None
         self.project = Linear(d_skip, d_out) if d_skip is not None and d_skip != d_out else None
-        last = getattr(self.op, "out", None)
-        if d_skip is not None and last is not None:
-            last.weight.data *= RESIDUAL_INIT
+        for last in (getattr(self.op, name, None) for name in ("out", "shared_out")):
+            if d_skip is not None and last is not None:
+                last.weight.data *= RESIDUAL_INIT
 
     def forward(self, x, skip=None):
         y = self.enter(x) if self.enter is not None else x
@@ -1036,18 +1056,22 @@ def fit_distances(genes: list[Gene]) -> tuple[Gene, ...]:
 
 
 def random_gene(rng: random.Random, dim: int) -> Gene:
-    """A random op, `dim` wide where it has a width: half the time with the usual traits, else with random ones."""
+    """A random op, `dim` wide where it has a width, with its usual traits, half the time but for one of them."""
     op = rng.choice(list(OPS))
-    usual = rng.random() < 0.5
-    traits = {} if usual else {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
+    traits = {}
+    if OPS[op].traits and rng.random() < 0.5:
+        name = rng.choice(list(OPS[op].traits))
+        traits[name] = rng.choice(OPS[op].traits[name][1:])
     activation = rng.choice(list(ACTIVATIONS)) if rng.random() < 0.5 else "none"
     return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=rng.choice((0, 1)), **traits)
 
 
 def random_piece(rng: random.Random, dim: int) -> list[Gene]:
-    """A random gene, half the time as a residual branch with a norm before it (He et al. 2016; Xiong et al. 2020)."""
+    """A random gene, mostly as a residual branch with a norm before it (He et al. 2016; Xiong et al. 2020)."""
     gene = random_gene(rng, dim)
-    return [Gene("norm"), gene.change(skip=2)] if rng.random() < 0.5 else [gene]
+    if gene.op in ("norm", "identity") or rng.random() < 0.25:
+        return [gene]
+    return [Gene("norm"), gene.change(skip=2)]
 
 
 def random_genome(rng: random.Random) -> Genome:
@@ -1120,7 +1144,13 @@ def change_repeat(genome, rng):
 
 
 def change_scale(genome, rng):
-    return change_gene(genome, rng, lambda g: g.change(scale=not g.scale))
+    """The gain of one branch."""
+    branches = [i for i, gene in enumerate(genome.genes) if gene.skip]
+    if not branches:
+        return genome
+    i = rng.choice(branches)
+    gene = genome.genes[i].change(scale=not genome.genes[i].scale)
+    return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
 
 
 def change_trait(genome, rng):
@@ -1155,35 +1185,52 @@ def spliced(genome: Genome, start: int, stop: int, genes) -> Genome:
     return replace(genome, genes=fit_distances([*genome.genes[:start], *genes, *rest]))
 
 
-def add_gene(genome, rng):
-    """A random gene anywhere, half the time as a residual branch."""
-    i = rng.randint(0, len(genome.genes))
-    return spliced(genome, i, i, random_piece(rng, width_near(genome, i)))
+def clean_cuts(genome: Genome) -> list[int]:
+    """Places between genes that no later gene reaches over, the start and the end among them."""
+    cuts, reach = [], len(genome.genes)  # the earliest state that the genes behind the place read
+    for place in range(len(genome.genes), -1, -1):
+        if reach >= place:
+            cuts.append(place)
+        if place:
+            gene = genome.genes[place - 1]
+            reach = min(reach, place - max(gene.input, gene.skip))
+    return cuts[::-1]
 
 
 def random_run(genome: Genome, rng: random.Random) -> tuple[int, int]:
-    """Where a random run of one to eight genes starts and ends, short ones more often."""
-    size = min(rng.choice((1, 2, 2, 3, 4, 4, 6, 8)), len(genome.genes))
-    start = rng.randint(0, len(genome.genes) - size)
-    return start, start + size
+    """Where a random run of genes starts and ends, short ones more often; mostly whole blocks."""
+    cuts = clean_cuts(genome) if rng.random() < 0.8 else range(len(genome.genes) + 1)
+    size = min(rng.choice((1, 1, 2, 2, 3, 4)), len(cuts) - 1)
+    start = rng.randrange(len(cuts) - size)
+    return cuts[start], cuts[start + size]
+
+
+def add_gene(genome, rng):
+    """A random gene, mostly as a residual branch, between blocks or anywhere."""
+    i = rng.choice(clean_cuts(genome)) if rng.random() < 0.5 else rng.randint(0, len(genome.genes))
+    return spliced(genome, i, i, random_piece(rng, width_near(genome, i)))
 
 
 def remove_gene(genome, rng):
+    """One gene, and what its skip reaches over: a whole branch."""
     i = rng.randrange(len(genome.genes))
-    return spliced(genome, i, i + 1, [])
+    return spliced(genome, max(0, i + 1 - max(1, genome.genes[i].skip)), i + 1, [])
 
 
-def swap_genes(genome, rng):
-    i, j = rng.randrange(len(genome.genes)), rng.randrange(len(genome.genes))
-    genes = list(genome.genes)
-    genes[i], genes[j] = genes[j], genes[i]
-    return replace(genome, genes=fit_distances(genes))
+def swap_runs(genome, rng):
+    """Two neighbouring runs of whole blocks change places."""
+    cuts = clean_cuts(genome)
+    if len(cuts) < 3:
+        return genome
+    i, j, k = sorted(rng.sample(cuts, 3))
+    genes = genome.genes
+    return replace(genome, genes=fit_distances([*genes[:i], *genes[j:k], *genes[i:j], *genes[k:]]))
 
 
 def duplicate_run(genome, rng):
-    """A run of genes once more, behind itself or anywhere."""
+    """A run of genes once more, behind itself or elsewhere."""
     start, stop = random_run(genome, rng)
-    at = stop if rng.random() < 0.7 else rng.randint(0, len(genome.genes))
+    at = stop if rng.random() < 0.7 else rng.choice(clean_cuts(genome))
     return spliced(genome, at, at, genome.genes[start:stop])
 
 
@@ -1195,15 +1242,15 @@ MUTATIONS = {  # name: (function of a genome and an rng, how often it is drawn)
     "change_op": (change_op, 2),
     "change_width": (change_width, 2),
     "change_activation": (change_activation, 1),
-    "change_skip": (change_skip, 2),
+    "change_skip": (change_skip, 1.5),
     "change_input": (change_input, 1),
     "change_repeat": (change_repeat, 0.5),
     "change_scale": (change_scale, 0.5),
     "change_trait": (change_trait, 3),
     "change_training": (change_training, 1.5),
-    "add_gene": (add_gene, 3),
+    "add_gene": (add_gene, 5),
     "remove_gene": (remove_gene, 1.5),
-    "swap_genes": (swap_genes, 1),
+    "swap_runs": (swap_runs, 1),
     "duplicate_run": (duplicate_run, 3),
     "remove_run": (remove_run, 0.5),
 }
@@ -1222,21 +1269,21 @@ def mutate(genome: Genome, rng: random.Random, rate: float) -> Child:
 
 
 def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:
-    """A run of b's genes in the place of a run of a's. Where the parents share genes, the runs are cut at those.
+    """A run of b's genes between a's, or in the place of a run of a's.
 
-    Training traits come from either. Where every child that was drawn computes what a parent does, a is mutated.
+    Where the parents share genes, runs that are replaced are mostly cut at those. Learning rate and tied head come from
+    either, the embedding from a. Where every child that was drawn computes what a parent does, a is mutated.
     """
     shared = difflib.SequenceMatcher(None, a.genes, b.genes, autojunk=False).get_matching_blocks()
     aligned = [(m.a + k, m.b + k) for m in shared for k in range(m.size + 1)]
     for _ in range(20):
-        if len(aligned) > 2 and rng.random() < 0.8:
+        (i, k), (j, l) = random_run(a, rng), random_run(b, rng)
+        if rng.random() < 0.5:
+            i = k = rng.choice(clean_cuts(a))  # nothing of a is lost
+        elif len(aligned) > 2 and rng.random() < 0.8:
             (i, j), (k, l) = sorted(rng.sample(aligned, 2))
-            if l < j:
-                continue
-        else:
-            (i, k), (j, l) = random_run(a, rng), random_run(b, rng)
         child = spliced(a, i, k, b.genes[j:l])
-        child = replace(child, **{name: getattr(rng.choice((a, b)), name) for name in GENOME_TRAITS})
+        child = replace(child, **{name: getattr(rng.choice((a, b)), name) for name in ("lr_factor", "tied")})
         if child.key not in (a.key, b.key):
             return Child(child, "crossover")
     while (child := mutate(a, rng, 0.0)).genome.key == b.key:
@@ -1275,14 +1322,14 @@ def mlp(n_layer: int, dim: int) -> Genome:
     return Genome((Gene("norm"), Gene("gate", dim, skip=2)) * n_layer, embed_dim=dim)
 
 
-ENTRANTS = {  # twelve evaluations, as many as a generation: eight transformers, so that the best of them is tuned
-    "transformer-4x256": transformer(4, 256, 2),
-    "transformer-4x256-lr1.4": transformer(4, 256, 2, lr_factor=1.4),
-    "transformer-4x256-lr2": transformer(4, 256, 2, lr_factor=2.0),
+ENTRANTS = {  # twelve evaluations, as many as a generation: transformers around the best depth, width and rate
+    "transformer-3x256-lr0.7": transformer(3, 256, 2, lr_factor=0.7),
+    "transformer-3x256": transformer(3, 256, 2),
     "transformer-3x256-lr1.4": transformer(3, 256, 2, lr_factor=1.4),
-    "transformer-5x256-lr1.4": transformer(5, 256, 2, lr_factor=1.4),
-    "transformer-6x256-lr1.4": transformer(6, 256, 2, lr_factor=1.4),
-    "transformer-3x320-lr1.4": transformer(3, 320, 2, lr_factor=1.4),
+    "transformer-4x256": transformer(4, 256, 2),
+    "transformer-2x320": transformer(2, 320, 2),
+    "transformer-3x320": transformer(3, 320, 2),
+    "transformer-2x384": transformer(2, 384, 2),
     "transformer-2x128-lr1.4": transformer(2, 128, 2, lr_factor=1.4),
     "convnet-4x256": convnet(4, 256),
     "gru-2x256": gru_net(2, 256),

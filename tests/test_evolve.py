@@ -47,7 +47,10 @@ TINY = dict(
     eval_tokens=1024,
     max_params=150_000,
     hurdle=0.0,
+    hurdle_at=0.5,
+    repeats=9,
     finalists=1,
+    rivals=1,
     final_seeds=2,
     workers_per_gpu=1,
 )
@@ -799,6 +802,21 @@ def test_breeding(free_params, strategy):
     assert len({r.id for r in rows if r.operator != "again"}) == 72 - 15
 
 
+def test_a_survivor_is_evaluated_so_often_and_no_more(free_params):
+    s = tiny(**BIG, repeats=2)
+    rows = search(s, 8)
+    evaluations = collections.Counter(r.id for r in rows)
+    assert set(evaluations.values()) == {1, 2}
+    for g in range(1, 8):
+        earlier = [r for r in rows if r.generation < g]
+        survivors = evolve.searched(earlier)[:3]
+        again = [r.id for r in rows if r.generation == g and r.operator == "again"]
+        assert again == [c.id for c in survivors if len(c.scores) < 2]
+        parents = {p for r in rows if r.generation == g for p in r.parents.split(",") if p}
+        assert parents <= {c.id for c in survivors}  # they breed on all the same
+    assert min(collections.Counter(r.generation for r in rows).values()) == 12
+
+
 def test_breeding_is_a_function_of_the_record(free_params):
     s = tiny(**BIG)
     rows = search(s, 4)
@@ -1274,6 +1292,14 @@ def test_the_final_adds_up():
     assert rival.lead is None and {f.failed for f in (first, second, rival)} == {0}
 
 
+def test_leads_are_over_the_transformer_that_is_best_in_the_final():
+    s = tiny(finalists=1, rivals=2, final_seeds=2)
+    rows = final_rows({"g0.00": [1.2, 1.3], "transformer-1x64": [1.6, 1.6], "transformer-b": [1.4, 1.6]}, s)
+    best, second, third = evolve.final_table(rows, s)
+    assert (best.id, second.id, third.id) == ("g0.00", "transformer-b", "transformer-1x64")
+    assert best.lead.values == (pytest.approx(0.2), pytest.approx(0.3)) and second.lead is third.lead is None
+
+
 def winner(rows: list[Result], settings, out: Path) -> dict:
     evolve.write_best(out, types.SimpleNamespace(rows=rows, run={"seed": 0}), settings)
     return json.loads((out / "best_genome.json").read_text())
@@ -1395,18 +1421,21 @@ def test_the_picture(free_params, tmp_path):
 
 def test_a_run_is_the_same_as_long_as_the_search_space_is(monkeypatch, tmp_path):
     data = types.SimpleNamespace(source="text", fingerprint="0")
-    code = (Path(evolve.__file__).parent / "genome.py").read_text(encoding="utf-8")
+    code = {file: (Path(evolve.__file__).parent / file).read_text() for file in ("genome.py", "evolve.py")}
     monkeypatch.setattr(evolve, "__file__", str(tmp_path / "evolve.py"))
 
     def run_with(old: str, new: str) -> dict:
-        assert old in code
-        (tmp_path / "genome.py").write_text(code.replace(old, new), encoding="utf-8")
+        assert any(old in text for text in code.values())
+        for file, text in code.items():
+            (tmp_path / file).write_text(text.replace(old, new))
         return evolve.describe_run(evolve.Settings(), data, "cpu")
 
     before = run_with("", "")
-    assert run_with('"""A matrix applied', '"""Some matrix applied') == before
-    assert run_with("# The vocabulary of", "# Vocabulary of") == before
-    assert run_with("WIDTHS = (64,", "WIDTHS = (32, 64,") != before
+    for idle in ('"""A matrix applied', '"""How the'), ("# The vocabulary", "# It"), ("came to be\\n", "came about\\n"):
+        assert run_with(*idle) == before
+    for telling in ("WIDTHS = (64,", "WIDTHS = (32, 64,"), ("2 * (1 - fraction)", "3 * (1 - fraction)"):
+        assert run_with(*telling) != before
+    assert run_with("rng.choice(survivors)", "survivors[0]") != before
 
 
 def test_controls_are_runs_that_differ_in_strategy_alone(free_params, tmp_path):
