@@ -1062,7 +1062,7 @@ def random_gene(rng: random.Random, dim: int) -> Gene:
     if OPS[op].traits and rng.random() < 0.5:
         name = rng.choice(list(OPS[op].traits))
         traits[name] = rng.choice(OPS[op].traits[name][1:])
-    activation = rng.choice(list(ACTIVATIONS)) if rng.random() < 0.5 else "none"
+    activation = rng.choice(list(ACTIVATIONS)) if rng.random() < 0.25 else "none"
     return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=rng.choice((0, 1)), **traits)
 
 
@@ -1089,12 +1089,15 @@ def other(rng: random.Random, choices, present):
     return rng.choice([choice for choice in choices if choice != present])
 
 
+def with_gene(genome: Genome, i: int, gene: Gene) -> Genome:
+    """The genome with another gene i."""
+    return replace(genome, genes=fit_distances([*genome.genes[:i], gene, *genome.genes[i + 1 :]]))
+
+
 def change_gene(genome: Genome, rng: random.Random, change) -> Genome:
     """Replace one gene by change(gene)."""
     i = rng.randrange(len(genome.genes))
-    genes = list(genome.genes)
-    genes[i] = change(genes[i])
-    return replace(genome, genes=fit_distances(genes))
+    return with_gene(genome, i, change(genome.genes[i]))
 
 
 def width_near(genome: Genome, i: int) -> int:
@@ -1106,8 +1109,7 @@ def change_op(genome, rng):
     i = rng.randrange(len(genome.genes))
     old = genome.genes[i]
     new = random_gene(rng, old.dim or width_near(genome, i))
-    new = new.change(input=old.input, skip=old.skip, activation=old.activation)
-    return replace(genome, genes=(*genome.genes[:i], new, *genome.genes[i + 1 :]))
+    return with_gene(genome, i, new.change(input=old.input, skip=old.skip, activation=old.activation))
 
 
 def change_width(genome, rng):
@@ -1116,8 +1118,7 @@ def change_width(genome, rng):
         sized = [i for i, gene in enumerate(genome.genes) if gene.dim]
         if sized:
             i = rng.choice(sized)
-            gene = genome.genes[i].change(dim=other(rng, WIDTHS, genome.genes[i].dim))
-            return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
+            return with_gene(genome, i, genome.genes[i].change(dim=other(rng, WIDTHS, genome.genes[i].dim)))
     step = rng.choice((-1, 1))
 
     def resized(dim):
@@ -1149,8 +1150,7 @@ def change_scale(genome, rng):
     if not branches:
         return genome
     i = rng.choice(branches)
-    gene = genome.genes[i].change(scale=not genome.genes[i].scale)
-    return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
+    return with_gene(genome, i, genome.genes[i].change(scale=not genome.genes[i].scale))
 
 
 def change_trait(genome, rng):
@@ -1159,8 +1159,8 @@ def change_trait(genome, rng):
     if not traits:
         return genome
     i, name, value = rng.choice(traits)
-    gene = genome.genes[i].change(**{name: other(rng, OPS[genome.genes[i].op].traits[name], value)})
-    return replace(genome, genes=(*genome.genes[:i], gene, *genome.genes[i + 1 :]))
+    gene = genome.genes[i]
+    return with_gene(genome, i, gene.change(**{name: other(rng, OPS[gene.op].traits[name], value)}))
 
 
 def change_training(genome, rng):
