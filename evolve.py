@@ -411,6 +411,11 @@ def compile_model(model: Model, rows: int, seq_len: int) -> str:
 # A trial: one genome, trained for its budget and scored.
 
 
+def tenth_before_hurdle(settings: "Settings") -> int:
+    """The point of the loss curve that the hurdle looks at."""
+    return round(settings.hurdle_at * CURVE) - 1
+
+
 def check_network(genome: Genome, seed: int) -> str:
     """Return leak where a later token or another row of the batch changes the logits, dead where no token does, or "".
 
@@ -592,19 +597,12 @@ class Trial:
         return values | dict(note=self.note, outside=round(time.perf_counter() - entered - values["seconds"], 3))
 
 
-def evaluate(
-    task: Task, data: DeviceData, settings: "Settings", wait_for_turn: Callable[[], None] = lambda: None
-) -> Result:
-    """Train and score one genome: a pure function of its arguments, but for time.
+def run_trial(task: Task, data: DeviceData, settings: "Settings", wait_for_turn: Callable[[], None] = lambda: None):
+    """Build, train and score a genome; returns its Trial and the values of its result.
 
-    Calls wait_for_turn once it is built and compiled, before it computes on the device. Out of memory halves the rows
-    that are treated at once (the tokens of a step stay), down to one, and then becomes the status oom.
+    Out of memory halves the rows that are treated at once (the tokens of a step stay), down to one, and then becomes
+    the status oom, with None for the Trial.
     """
-    on_gpu = data.device.type == "cuda"
-    held = torch.cuda.memory_allocated() // 2**20 if on_gpu else 0
-    problem = check_network(task.genome, task.seed)
-    if problem:
-        return result_of(task, problem, params=task.genome.num_params(data.vocab_size))
     rows, turn, note = settings.batch_tokens // settings.seq_len, False, ""
     while True:
         trial = None
@@ -614,15 +612,12 @@ def evaluate(
                 wait_for_turn()
                 turn = True
             values = trial.run()
-            return result_of(task, **{**values, "held_mb": held, "note": f"{note} {values['note']}".strip()})
+            return trial, {**values, "note": f"{note} {values['note']}".strip()}
         except torch.OutOfMemoryError as error:
             if turn and rows == 1:
-                return result_of(task, "oom", held_mb=held, note=str(error).splitlines()[0][:200])
-        finally:
-            del trial
-            gc.collect()
-            if on_gpu:
-                torch.cuda.empty_cache()
+                return None, dict(status="oom", note=str(error).splitlines()[0][:200])
+        del trial  # what failed makes room for what is tried next
+        free_memory(data.device)
         if not turn:  # the one in training may have held the memory: again, alone, with as many rows
             wait_for_turn()
             turn = True
@@ -631,9 +626,28 @@ def evaluate(
         note = f"{rows} rows at once"
 
 
-def tenth_before_hurdle(settings: "Settings") -> int:
-    """The point of the loss curve that the hurdle looks at."""
-    return round(settings.hurdle_at * CURVE) - 1
+def evaluate(
+    task: Task, data: DeviceData, settings: "Settings", wait_for_turn: Callable[[], None] = lambda: None
+) -> Result:
+    """Train and score one genome: a pure function of its arguments, but for time. Leaves nothing on the device.
+
+    Calls wait_for_turn once it is built and compiled, before it computes on the device.
+    """
+    held = torch.cuda.memory_allocated() // 2**20 if data.device.type == "cuda" else 0
+    problem = check_network(task.genome, task.seed)
+    if problem:
+        return result_of(task, problem, params=task.genome.num_params(data.vocab_size))
+    trial, values = run_trial(task, data, settings, wait_for_turn)
+    del trial
+    free_memory(data.device)
+    return result_of(task, **values, held_mb=held)
+
+
+def free_memory(device: torch.device):
+    """Give back what nobody holds any more; compiled modules hold themselves, in cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def fewer(rows: int) -> int:
@@ -1153,24 +1167,31 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
     done = {(r.id, r.seed): r for r in rows if r.operator == "final" and r.generation == settings.max_generations}
     if not tasks or any((t.id, t.seed) not in done for t in tasks):
         return []
-    rivals = [c.id for c in best_transformers(rows, settings)]
-    before = {c.id: c.mean for c in [*searched(rows), *best_transformers(rows, settings)]}
+    rivals = {c.id: c.mean for c in best_transformers(rows, settings)}
+    before = {c.id: c.mean for c in searched(rows)} | rivals
     table = []
     for name in dict.fromkeys(t.id for t in tasks):
         mine = [done[t.id, t.seed] for t in tasks if t.id == name]
-        ok = {r.seed: r for r in mine if r.status == "ok"}
+        ok = [r for r in mine if r.status == "ok"]
         if ok:
-            test, val = estimate(r.test_bpb for r in ok.values()), estimate(r.val_bpb for r in ok.values())
+            test, val = estimate(r.test_bpb for r in ok), estimate(r.val_bpb for r in ok)
             genome = Genome.from_json(mine[0].genome)
             table.append(Finalist(name, genome, test, val, before[name], None, len(mine) - len(ok)))
     table.sort(key=lambda f: (f.failed > 0, f.val.mean))
     rival = next((f.id for f in table if f.id in rivals), None)
+    seeds = dict.fromkeys(t.seed for t in tasks)
     for n, f in enumerate(table):
-        pairs = [(done[rival, t.seed], done[f.id, t.seed]) for t in tasks if t.id == f.id] if rival else []
-        leads = [a.test_bpb - b.test_bpb for a, b in pairs if a.status == b.status == "ok"]
-        if leads and f.id not in rivals:
-            table[n] = dataclasses.replace(f, lead=estimate(leads))
+        if rival and f.id not in rivals:
+            pairs = [(done[rival, seed], done[f.id, seed]) for seed in seeds]
+            leads = [theirs.test_bpb - own.test_bpb for theirs, own in pairs if theirs.status == own.status == "ok"]
+            table[n] = dataclasses.replace(f, lead=estimate(leads) if leads else None)
     return table
+
+
+def best_evolved(table: list[Finalist], rows: list[Result]) -> Finalist | None:
+    """The winner of the final, transformers aside."""
+    evolved = {c.id for c in searched(rows)}
+    return next((f for f in table if f.id in evolved), None)
 
 
 def print_final(table: list[Finalist], settings: "Settings"):
@@ -1213,11 +1234,10 @@ def write_best(out: Path, record: Record, settings: "Settings"):
     found = searched(record.rows)
     if not found:
         return
-    table = [f for f in final_table(record.rows, settings) if f.id in {c.id for c in found}]  # without the transformer
-    best = next(c for c in found if not table or c.id == table[0].id)
+    f = best_evolved(final_table(record.rows, settings), record.rows)
+    best = next(c for c in found if not f or c.id == f.id)
     stage = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
-    if table:
-        f = table[0]
+    if f:
         stage = {
             "stage": "final",
             "test_bpb": dataclasses.asdict(f.test),
@@ -1448,7 +1468,8 @@ def finish(run: Run, title: str):
     table = final_table(run.record.rows, run.settings)
     if table:
         print_final(table, run.settings)
-        print_lineage(run.record.rows, next((f.id for f in table if f.lead), table[0].id))
+    if winner := best_evolved(table, run.record.rows):
+        print_lineage(run.record.rows, winner.id)
     if run.settings.hurdle:
         print(f"\n{hurdle_text(run.record.rows, run.settings)}")
     run.report(title)
@@ -1495,21 +1516,10 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
     problem = check_network(genome, settings.seed)
     if problem:
         raise Stop(f"{path}: not trained, status {problem}")
-    rows = settings.batch_tokens // settings.seq_len
     on_device = DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu"))
-    while True:
-        trial = None
-        try:
-            trial = Trial(task, on_device, settings, rows)
-            values = trial.run()
-            break
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise Stop(f"{path}: out of memory, even with one row of {settings.seq_len} tokens at once") from None
-        del trial  # what failed makes room for what is tried next
-        gc.collect()
-        torch.cuda.empty_cache()
-        rows = fewer(rows)
+    trial, values = run_trial(task, on_device, settings)
+    if trial is None:
+        raise Stop(f"{path}: out of memory, even with one row of {settings.seq_len} tokens at once")
     if values["status"] != "ok":
         raise Stop(f"{path}: training ended with status {values['status']}")
     print(

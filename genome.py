@@ -775,8 +775,7 @@ class Gene:
     @property
     def is_plain_norm(self) -> bool:
         """Whether it is an RMS norm and nothing else, so that another one after it changes nothing but a gain."""
-        plain = self.op == "norm" and self.activation == "none" and not self.skip
-        return plain and dict(self.traits)["kind"] == "rms"
+        return self.op == "norm" and self.kind == "rms" and self.activation == "none" and not self.skip
 
 
 class Node(NamedTuple):

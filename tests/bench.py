@@ -267,6 +267,15 @@ def ops(data, settings, folder, dim=256):
         torch.cuda.empty_cache()
 
 
+def evaluated(tasks, settings, folder):
+    """The results of tasks, from workers that end with them."""
+    pool = evolve.Pool(folder, settings)
+    try:
+        yield from pool.run(tasks)
+    finally:
+        pool.stop()
+
+
 def soak(data, settings, folder, n=100):
     rng, found = random.Random(1), []
     while len(found) < n:
@@ -275,14 +284,12 @@ def soak(data, settings, folder, n=100):
             found.append(genome)
     tasks = [dataclasses.replace(task_for(g), id=f"r{i:03d}") for i, g in enumerate(found)]
     start = time.perf_counter()
-    pool, results = evolve.Pool(folder, settings), []
-    started = None
-    for r in pool.run(tasks):
+    started, results = None, []
+    for r in evaluated(tasks, settings, folder):
         started = started or time.perf_counter() - start - r.seconds
         results.append(r)
         evolve.print_result(r)
-    wall = time.perf_counter() - start
-    pool.stop()
+        wall = time.perf_counter() - start
     trained = sum(r.seconds for r in results)
     print(f"soak: {len(results)} random genomes at {settings.time_budget:g} s: {wall:.0f} s in all, "
           f"{trained:.0f} s of it training, {started:.1f} s until the first began")  # fmt: skip
@@ -310,44 +317,36 @@ def unigram_entropy(data) -> float:
 def designs(data, settings, folder):
     named = {**genomes.ENTRANTS, **genomes.NAMED_DESIGNS}
     tasks = [dataclasses.replace(task_for(g), id=name) for name, g in named.items()]
-    pool = evolve.Pool(folder, settings)
     print(f"val_bpb after {settings.time_budget:g} s")
-    for r in pool.run(tasks):
+    for r in evaluated(tasks, settings, folder):
         evolve.print_result(r)
-    pool.stop()
 
 
-def without_a_part(genome: Genome):
-    """Name and genome for each gene taken out and each trait put back to its default, each network once."""
-    seen = {genome.key}
+def without_a_part(genome: Genome) -> dict[str, Genome]:
+    """The genome with each gene taken out and each trait put back to its default, each network once."""
+    less = {}
     for i, gene in enumerate(genome.genes):
-        less = {f"without {gene.op}": genomes.spliced(genome, i, i + 1, [])}
+        less[f"gene {i + 1}: without {gene.op}"] = genomes.spliced(genome, i, i + 1, [])
         usual = Gene(gene.op, gene.dim).to_dict()
         for name, value in gene.to_dict().items():
             if name not in ("op", "dim", "input", "skip") and value != usual[name]:
-                genes = (*genome.genes[:i], gene.change(**{name: usual[name]}), *genome.genes[i + 1 :])
-                less[f"{gene.op} {name} {usual[name]}, not {value}"] = dataclasses.replace(genome, genes=genes)
-        for name, child in less.items():
-            if child.key not in seen:
-                seen.add(child.key)
-                yield f"gene {i + 1}: {name}", child
+                changed = genomes.with_gene(genome, i, gene.change(**{name: usual[name]}))
+                less[f"gene {i + 1}: {gene.op} {name} {usual[name]}, not {value}"] = changed
     for name, choices in genomes.GENOME_TRAITS.items():
-        child = dataclasses.replace(genome, **{name: choices[0]})
-        if child.key not in seen:
-            seen.add(child.key)
-            yield f"{name} {choices[0]}, not {getattr(genome, name)}", child
+        changed = dataclasses.replace(genome, **{name: choices[0]})
+        less[f"{name} {choices[0]}, not {getattr(genome, name)}"] = changed
+    by_key = {child.key: name for name, child in reversed(less.items())}  # the first name of each network
+    return {name: child for name, child in less.items() if child.key != genome.key and by_key[child.key] == name}
 
 
 def parts(data, settings, folder, seeds=3, path="best_genome.json"):
     genome = Genome.from_dict(json.loads(Path(path).read_text())["genome"])
     print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    named = {"whole": genome, **dict(without_a_part(genome))}
+    named = {"whole": genome, **without_a_part(genome)}
     tasks = [dataclasses.replace(task_for(g, seed), id=name) for seed in range(seeds) for name, g in named.items()]
-    pool = evolve.Pool(folder, settings)
     scores = collections.defaultdict(dict)
-    for r in pool.run(tasks):
+    for r in evaluated(tasks, settings, folder):
         scores[r.id][r.seed] = r.val_bpb if r.status == "ok" else float("nan")
-    pool.stop()
     for name in named:
         mine = evolve.estimate(scores[name][seed] for seed in range(seeds))
         worth = evolve.estimate(scores[name][seed] - scores["whole"][seed] for seed in range(seeds))
