@@ -665,6 +665,7 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     warnings.filterwarnings("ignore")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that torch compiles in, when they are ended with us
     logging.disable(logging.WARNING)
     if device != "cpu":
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
@@ -1229,6 +1230,22 @@ def print_lineage(rows: list[Result], name: str):
         print(f"{row['id']:<8}{score:>8}  {row['operator']:<24}  {row['summary']}")
 
 
+def print_ops(rows: list[Result], winner: Genome, settings: "Settings"):
+    """What became of every op: in how many newcomers it was, until when in one of the best, how often in the winner."""
+    newcomers = [r for r in rows if r.is_search and r.operator != "again"]
+    used = [[node.gene.op for node in Genome.from_json(r.genome).network] for r in newcomers]
+    kept = [node.gene.op for node in winner.network]
+    last = max(r.generation for r in newcomers)
+    until = {}
+    for g in range(last + 1):
+        best = searched([r for r in rows if r.generation <= g])[: settings.survivors]
+        until |= {node.gene.op: g for c in best for node in c.genome.network}
+    print(f"\n{'':<12}of {len(newcomers)} newcomers in   among the best {settings.survivors}   times in the winner")
+    for op in OPS:
+        when = "never" if op not in until else "to the end" if until[op] == last else f"until generation {until[op]}"
+        print(f"{op:<12}{sum(op in ops for ops in used):>19}   {when:<20}{kept.count(op):>16}")
+
+
 def write_best(out: Path, record: Record, settings: "Settings"):
     """best_genome.json: the winner of the final, before it the best of the search, with all it takes to check it."""
     found = searched(record.rows)
@@ -1311,42 +1328,57 @@ def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
 
 
 def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: dict[str, list[Result]]):
-    """Every evaluation, the best and the median, and what controls and the designs made by hand reach."""
-    axis.scatter(
-        [r.generation for r in ok], [r.val_bpb for r in ok], s=16, color="#999999", lw=0, label="one evaluation"
-    )
+    """Every evaluation, the best and the median, and what controls and the designs made by hand reach.
+
+    The axis ends above the lines and three quarters of the evaluations; what is worse stands at its upper end.
+    """
     best = best_so_far(rows, generations)
+    others = {strategy: best_so_far(theirs, generations) for strategy, theirs in sorted(controls.items())}
+    levels: dict[str, float] = {}  # the best of each family made by hand
+    for c in candidates([r for r in rows if r.operator == "entrant"]):
+        levels.setdefault(c.id.split("-")[0], c.mean)
+    shown = [*best, *itertools.chain(*others.values()), *sorted(levels.values())[:1]]
+    shown += [np.quantile([r.val_bpb for r in ok], 0.75)]
+    bottom, top = np.nanmin(shown), np.nanmax(shown)
+    bottom, top = bottom - 0.1 * (top - bottom) - 0.002, top + 0.2 * (top - bottom) + 0.002
+    axis.set(ylim=(bottom, top), xlim=(-0.5, last + 0.5))
+
+    inside, above = ([r for r in ok if (r.val_bpb > top) == over] for over in (False, True))
+    x, y = [r.generation for r in inside], [r.val_bpb for r in inside]
+    axis.scatter(x, y, s=16, color="#999999", lw=0, label="one evaluation")
+    if above:
+        x, y = [r.generation for r in above], [top] * len(above)
+        axis.scatter(x, y, s=30, color="#999999", lw=0, marker="^", clip_on=False, label="worse than the picture shows")
     median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
     axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation")
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
-    for (strategy, theirs), color in zip(sorted(controls.items()), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
-        other = best_so_far(theirs, generations)
+    for (strategy, other), color in zip(others.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
         axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
     noise = noise_floor(rows)
     if noise:
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
         label = f"± noise floor, {noise:.4f}"
         axis.fill_between(generations, low, high, color=COLOURS[0], alpha=0.2, lw=0, label=label)
-    levels: dict[str, float] = {}  # the best of each family made by hand
-    for c in candidates([r for r in rows if r.operator == "entrant"]):
-        levels.setdefault(c.id.split("-")[0], c.mean)
-    top, bottom = np.nanmax([*levels.values(), *median, *best]) + 0.02, np.nanmin([*levels.values(), *median, *best])
-    axis.set_ylim(bottom - 0.1 * (top - bottom), top + 0.1 * (top - bottom))
-    axis.set_xlim(-0.5, last + 0.5)
-    for i, (name, level) in enumerate(levels.items()):
-        axis.axhline(level, color="#555555", lw=1, ls=":", label=None if i else "made by hand, best of each kind")
-        axis.annotate(f" {name}", (1, level), xycoords=("axes fraction", "data"), ha="left", va="center")
+    label = "made by hand, best of each kind"
+    for name, level in levels.items():
+        if level <= top:
+            axis.axhline(level, color="#555555", lw=1, ls=":", label=label)
+            axis.annotate(f" {name} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), va="center")
+            label = None
+    if worse := [f"{name} {level:.2f}" for name, level in levels.items() if level > top]:
+        axis.text(1, 0.96, f"far above: {', '.join(worse)}", transform=axis.transAxes, ha="right", va="top")
     axis.set(title="Is it getting better?", ylabel="validation bits per byte (lower is better)")
     axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.5, -0.12))
 
 
 def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
-    """The share of each op in the genes of a generation."""
+    """The share of each op in the genes of a generation, norms aside."""
     shares = {}
     for g in generations:
         networks = [Genome.from_json(r.genome).network for r in ok if r.generation == g]
         counts = collections.Counter(node.gene.op for network in networks for node in network)
-        shares[g] = {op: n / counts.total() for op, n in counts.items()}
+        del counts["norm"]  # before nearly everything else
+        shares[g] = {op: n / max(1, counts.total()) for op, n in counts.items()}
     base = np.zeros(len(generations))
     for i, op in enumerate(OPS):
         if not any(op in share for share in shares.values()):
@@ -1365,21 +1397,22 @@ def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
             label=op,
         )
         base += height
-    axis.set(title="What is it made of?", ylabel="share of all genes", ylim=(0, 1), xlim=(-0.5, last + 0.5))
+    axis.set(title="What is it made of?", ylabel="share of genes, norms aside", ylim=(0, 1), xlim=(-0.5, last + 0.5))
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, float]):
-    """Score against parameters, coloured by speed."""
+    """Score against parameters, coloured by speed, of those within the limits of the score."""
+    ok = [r for r in ok if r.val_bpb <= limits[1]]
+    hand = [r for r in rows if r.operator == "entrant" and r.status == "ok" and r.val_bpb <= limits[1]]
     unit, word = (1e6, "million") if max(r.tokens_per_s for r in ok) > 5e5 else (1e3, "thousand")
     x, y = [r.params / 1e6 for r in ok], [r.val_bpb for r in ok]
     dots = axis.scatter(x, y, c=[r.tokens_per_s / unit for r in ok], s=18, cmap="cividis", lw=0)
     axis.figure.colorbar(dots, ax=axis, label=f"{word} tokens a second")
-    hand = [r for r in rows if r.operator == "entrant" and r.status == "ok"]
     if hand:
         x, y = [r.params / 1e6 for r in hand], [r.val_bpb for r in hand]
-        axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="designed by hand")
+        axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="made by hand")
         axis.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
 
@@ -1470,6 +1503,7 @@ def finish(run: Run, title: str):
         print_final(table, run.settings)
     if winner := best_evolved(table, run.record.rows):
         print_lineage(run.record.rows, winner.id)
+        print_ops(run.record.rows, winner.genome, run.settings)
     if run.settings.hurdle:
         print(f"\n{hurdle_text(run.record.rows, run.settings)}")
     run.report(title)

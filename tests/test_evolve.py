@@ -1419,6 +1419,40 @@ def test_the_picture(free_params, tmp_path):
     assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "beside.png").read_bytes()
 
 
+def test_the_picture_is_about_the_better_evaluations(free_params):
+    import matplotlib.pyplot as plt
+
+    s = tiny(**BIG)
+    rows = search(s, 4)
+    entrant = toy_result(evolve.entrant_tasks(s, 300)[0])
+    rows += [entrant, dataclasses.replace(entrant, id="far-1", val_bpb=1e5)]
+    rows += [dataclasses.replace(rows[0], id="far", val_bpb=1e6)]
+    best = evolve.best_so_far(rows, [0, 1, 2, 3])
+    figure, axis = plt.subplots()
+    evolve.draw_scores(axis, rows, [r for r in rows if r.is_search], [0, 1, 2, 3], 3, {})
+    low, high = axis.get_ylim()
+    assert low < min(best) and max(best) < high < 1e5
+    assert any("far 100000" in text.get_text() for text in axis.texts), "what lies above is named"
+    plt.close(figure)
+
+
+def test_what_became_of_every_op(free_params, capsys):
+    s = tiny(**BIG)
+    linear, both = (Genome((Gene("linear", 64), *more)) for more in ((), (Gene("attention", 64), Gene("norm"))))
+    rows = []
+    for generation, (name, genome, score) in enumerate(
+        [("a", both, 3.0), ("b", linear, 2.0), ("c", linear, 1.5), ("d", linear, 1.0)]
+    ):
+        rows.append(toy_result(evolve.Task(name, generation, (), "random", genome, 0), val_bpb=score))
+        rows.append(toy_result(evolve.Task(name, generation, (), "again", genome, 1), val_bpb=score))
+    evolve.print_ops(rows, linear, s)  # three survive: a until generation 2
+    told = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(told) == list(evolve.OPS)
+    assert told["linear"] == ["4", "to", "the", "end", "1"]
+    assert told["attention"] == ["1", "until", "generation", "2", "0"]
+    assert told["gru"] == ["0", "never", "0"]
+
+
 def test_a_run_is_the_same_as_long_as_the_search_space_is(monkeypatch, tmp_path):
     data = types.SimpleNamespace(source="text", fingerprint="0")
     code = {file: (Path(evolve.__file__).parent / file).read_text() for file in ("genome.py", "evolve.py")}
