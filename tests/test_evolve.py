@@ -1440,11 +1440,11 @@ def test_what_became_of_every_op(free_params, capsys):
     s = tiny(**BIG)
     linear, both = (Genome((Gene("linear", 64), *more)) for more in ((), (Gene("attention", 64), Gene("norm"))))
     rows = []
-    for generation, (name, genome, score) in enumerate(
+    for generation, (name, net, score) in enumerate(
         [("a", both, 3.0), ("b", linear, 2.0), ("c", linear, 1.5), ("d", linear, 1.0)]
     ):
-        rows.append(toy_result(evolve.Task(name, generation, (), "random", genome, 0), val_bpb=score))
-        rows.append(toy_result(evolve.Task(name, generation, (), "again", genome, 1), val_bpb=score))
+        rows.append(toy_result(evolve.Task(name, generation, (), "random", net, 0), val_bpb=score))
+        rows.append(toy_result(evolve.Task(name, generation, (), "again", net, 1), val_bpb=score))
     evolve.print_ops(rows, linear, s)  # three survive: a until generation 2
     told = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
     assert list(told) == list(evolve.OPS)
