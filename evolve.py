@@ -954,15 +954,29 @@ def write_whole(path: Path, content: str | bytes):
 TRAINS_AND_BREEDS = ["orthogonalize", "MuonGroup", "Optimizer", "schedule_at", "Trial", "candidates", "select", "breed"]
 
 
-def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
-    """What makes two runs the same one: constants, data, device, and the code that trains and breeds."""
+def bare(node) -> str:
+    """A syntax tree without what differs between versions of Python (places, empty fields) and without docstrings."""
+    if isinstance(node, list):
+        return "".join(bare(part) for part in node)
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    return f"{type(node).__name__}({' '.join(f'{k}={bare(v)}' for k, v in fields.items() if v not in (None, []))})"
+
+
+def code_hash() -> str:
+    """A hash of the code that trains and breeds: what it does counts, not how it is explained."""
     code = f"{MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS} {ADAM_EPS}"
     for file, names in ("genome.py", None), ("evolve.py", TRAINS_AND_BREEDS):
         tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):  # what it does counts, not how it is explained
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        code += "".join(ast.dump(node) for node in tree.body if not names or getattr(node, "name", "") in names)
+        code += bare(tree if not names else [n for n in tree.body if getattr(n, "name", "") in names])
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
+    """What makes two runs the same one: constants, data, device, and the code that trains and breeds."""
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
     return {
         **own,
@@ -970,7 +984,7 @@ def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> di
         "fingerprint": data.fingerprint,
         "device": device,
         "torch": torch.__version__,
-        "code": hashlib.sha256(code.encode()).hexdigest()[:12],
+        "code": code_hash(),
     }
 
 

@@ -1,5 +1,6 @@
 """evolve.py: training is what it says, a worker may die, the record survives, selection selects, the final adds up."""
 
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -1464,6 +1465,9 @@ def test_a_run_is_the_same_as_long_as_the_search_space_is(monkeypatch, tmp_path)
             (tmp_path / file).write_text(text.replace(old, new))
         return evolve.describe_run(evolve.Settings(), data, "cpu")
 
+    tree = ast.parse("def f(x):\n    'told'\n    return x")
+    told = "args=arguments(args=arg(arg='x')) body=Return(value=Name(id='x' ctx=Load()))"
+    assert evolve.bare(tree) == f"Module(body=FunctionDef(name='f' {told}))"  # in every version of Python
     before = run_with("", "")
     for idle in ('"""A matrix applied', '"""How the'), ("# The vocabulary", "# It"), ("came to be\\n", "came about\\n"):
         assert run_with(*idle) == before
