@@ -1382,7 +1382,7 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     if worse := [f"{name} {level:.2f}" for name, level in levels.items() if level > top]:
         axis.text(1, 0.96, f"far above: {', '.join(worse)}", transform=axis.transAxes, ha="right", va="top")
     axis.set(title="Is it getting better?", ylabel="validation bits per byte (lower is better)")
-    axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.5, -0.12))
+    axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.5, -0.15))
 
 
 def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
