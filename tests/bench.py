@@ -323,10 +323,15 @@ def designs(data, settings, folder):
 
 
 def without_a_part(genome: Genome) -> dict[str, Genome]:
-    """The genome with each gene taken out and each trait put back to its default, each network once."""
+    """The genome with each gene taken out and each trait put back to its default, each network once.
+
+    A gene with a skip goes with the branch that the skip reaches over; alone it would take the residual with it.
+    """
     less = {}
     for i, gene in enumerate(genome.genes):
-        less[f"gene {i + 1}: without {gene.op}"] = genomes.spliced(genome, i, i + 1, [])
+        start = max(0, i + 1 - max(1, gene.skip))
+        gone = "→".join(g.op for g in genome.genes[start : i + 1])
+        less[f"gene {i + 1}: without {gone}"] = genomes.spliced(genome, start, i + 1, [])
         usual = Gene(gene.op, gene.dim).to_dict()
         for name, value in gene.to_dict().items():
             if name not in ("op", "dim", "input", "skip") and value != usual[name]:
