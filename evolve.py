@@ -1344,7 +1344,7 @@ def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
 def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: dict[str, list[Result]]):
     """Every evaluation, the best and the median, and what controls and the designs made by hand reach.
 
-    The axis ends above the lines and three quarters of the evaluations; what is worse stands at its upper end.
+    The axis ends above the best lines and three quarters of the evaluations; evaluations above stand at its upper end.
     """
     best = best_so_far(rows, generations)
     others = {strategy: best_so_far(theirs, generations) for strategy, theirs in sorted(controls.items())}
@@ -1352,7 +1352,7 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     for c in candidates([r for r in rows if r.operator == "entrant"]):
         levels.setdefault(c.id.split("-")[0], c.mean)
     shown = [*best, *itertools.chain(*others.values()), *sorted(levels.values())[:1]]
-    shown += [np.quantile([r.val_bpb for r in ok], 0.75)]
+    shown += [*np.quantile([r.val_bpb for r in ok], (0, 0.75))]
     bottom, top = np.nanmin(shown), np.nanmax(shown)
     bottom, top = bottom - 0.1 * (top - bottom) - 0.002, top + 0.2 * (top - bottom) + 0.002
     axis.set(ylim=(bottom, top), xlim=(-0.5, last + 0.5))

@@ -323,15 +323,19 @@ def designs(data, settings, folder):
 
 
 def without_a_part(genome: Genome) -> dict[str, Genome]:
-    """The genome with each gene taken out and each trait put back to its default, each network once.
+    """The genome with each gene or branch taken out and each trait put back to its default, each network once.
 
-    A gene with a skip goes with the branch that the skip reaches over; alone it would take the residual with it.
+    A gene with a skip goes with the branch that the skip reaches over; alone it would take the residual with it. Where
+    that branch holds more than norms, the gene is replaced by an identity as well, which leaves the wiring.
     """
     less = {}
     for i, gene in enumerate(genome.genes):
         start = max(0, i + 1 - max(1, gene.skip))
         gone = "→".join(g.op for g in genome.genes[start : i + 1])
         less[f"gene {i + 1}: without {gone}"] = genomes.spliced(genome, start, i + 1, [])
+        if any(g.op != "norm" for g in genome.genes[start:i]):
+            nothing = Gene("identity", input=gene.input, skip=gene.skip)
+            less[f"gene {i + 1}: identity, not {gene.op}"] = genomes.with_gene(genome, i, nothing)
         usual = Gene(gene.op, gene.dim).to_dict()
         for name, value in gene.to_dict().items():
             if name not in ("op", "dim", "input", "skip") and value != usual[name]:

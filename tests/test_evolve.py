@@ -1428,11 +1428,15 @@ def test_the_picture_is_about_the_better_evaluations(free_params):
     entrant = toy_result(evolve.entrant_tasks(s, 300)[0])
     rows += [entrant, dataclasses.replace(entrant, id="far-1", val_bpb=1e5)]
     rows += [dataclasses.replace(rows[0], id="far", val_bpb=1e6)]
+    rows += [
+        dataclasses.replace(rows[0], id="lucky", val_bpb=0.5),
+        dataclasses.replace(rows[0], id="lucky", val_bpb=5.0),
+    ]
     best = evolve.best_so_far(rows, [0, 1, 2, 3])
     figure, axis = plt.subplots()
     evolve.draw_scores(axis, rows, [r for r in rows if r.is_search], [0, 1, 2, 3], 3, {})
     low, high = axis.get_ylim()
-    assert low < min(best) and max(best) < high < 1e5
+    assert low < 0.5 and max(best) < high < 1e5, "the best evaluation is seen, even of a genome that is not good"
     assert any("far 100000" in text.get_text() for text in axis.texts), "what lies above is named"
     plt.close(figure)
 
