@@ -197,6 +197,11 @@ class Result:
     def is_search(self) -> bool:
         return self.operator not in ("entrant", "final")
 
+    @property
+    def is_newcomer(self) -> bool:
+        """Whether a genome of the search is evaluated for the first time."""
+        return self.is_search and self.operator != "again"
+
 
 def result_of(task: Task, status: str, **values) -> Result:
     """The result of a task, with what is known before it is trained."""
@@ -1029,6 +1034,11 @@ def searched(rows: list[Result]) -> list[Candidate]:
     return candidates([row for row in rows if row.is_search])
 
 
+def ranked_after(rows: list[Result], generation: int) -> list[Candidate]:
+    """The ranking as it stood after a generation, best first."""
+    return searched([r for r in rows if r.generation <= generation])
+
+
 def noise_floor(rows: list[Result]) -> float | None:
     """Pooled standard deviation between evaluations of one genome, in bits per byte; None before there are two."""
     groups = [c.scores for c in searched(rows) if len(c.scores) > 1]
@@ -1046,12 +1056,9 @@ def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list
 
 def hurdle_text(rows: list[Result], settings: "Settings") -> str:
     """What the hurdle saved, and how often it would have stopped a survivor: some that miss it run on all the same."""
-    newcomers = [r for r in rows if r.is_search and r.operator != "again"]
+    newcomers = [r for r in rows if r.is_newcomer]
     stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
-    survived = sum(
-        row.id in {c.id for c in searched([r for r in rows if r.generation <= row.generation])[: settings.survivors]}
-        for row in spared
-    )
+    survived = sum(row.id in {c.id for c in ranked_after(rows, row.generation)[: settings.survivors]} for row in spared)
     saved = len(stopped) * (1 - settings.hurdle_at) / max(1, sum(r.is_search for r in rows))
     return (
         f"hurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
@@ -1237,23 +1244,26 @@ def lineage(rows: list[Result], name: str) -> list[dict]:
     ]
 
 
+def score_text(val_bpb: float | None) -> str:
+    return "—" if val_bpb is None else f"{val_bpb:.4f}"
+
+
 def print_lineage(rows: list[Result], name: str):
     print(f"\nHow {name} came to be\n")
     for row in lineage(rows, name):
-        score = f"{row['val_bpb']:.4f}" if row["val_bpb"] is not None else "—"
-        print(f"{row['id']:<8}{score:>8}  {row['operator']:<24}  {row['summary']}")
+        print(f"{row['id']:<8}{score_text(row['val_bpb']):>8}  {row['operator']:<24}  {row['summary']}")
 
 
 def print_ops(rows: list[Result], winner: Genome, settings: "Settings"):
     """What became of every op: in how many newcomers it was, until when in one of the best, how often in the winner."""
-    newcomers = [r for r in rows if r.is_search and r.operator != "again"]
+    newcomers = [r for r in rows if r.is_newcomer]
     used = [[node.gene.op for node in Genome.from_json(r.genome).network] for r in newcomers]
     kept = [node.gene.op for node in winner.network]
     last = max(r.generation for r in newcomers)
     until = {}
     for g in range(last + 1):
-        best = searched([r for r in rows if r.generation <= g])[: settings.survivors]
-        until |= {node.gene.op: g for c in best for node in c.genome.network}
+        for c in ranked_after(rows, g)[: settings.survivors]:
+            until |= {node.gene.op: g for node in c.genome.network}
     print(f"\n{'':<12}of {len(newcomers)} newcomers in   among the best {settings.survivors}   times in the winner")
     for op in OPS:
         when = "never" if op not in until else "to the end" if until[op] == last else f"until generation {until[op]}"
@@ -1337,7 +1347,7 @@ def draw(rows: list[Result], path: Path, title: str, controls: dict[str, list[Re
 
 def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
     """The mean of the genome that led after each generation."""
-    leaders = [next(iter(searched([r for r in rows if r.generation <= g])), None) for g in generations]
+    leaders = [next(iter(ranked_after(rows, g)), None) for g in generations]
     return [leader.mean if leader else math.nan for leader in leaders]
 
 
@@ -1351,8 +1361,8 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     levels: dict[str, float] = {}  # the best of each family made by hand
     for c in candidates([r for r in rows if r.operator == "entrant"]):
         levels.setdefault(c.id.split("-")[0], c.mean)
-    shown = [*best, *itertools.chain(*others.values()), *sorted(levels.values())[:1]]
-    shown += [*np.quantile([r.val_bpb for r in ok], (0, 0.75))]
+    most = np.quantile([r.val_bpb for r in ok], (0, 0.75))
+    shown = [*best, *itertools.chain(*others.values()), *sorted(levels.values())[:1], *most]
     bottom, top = np.nanmin(shown), np.nanmax(shown)
     bottom, top = bottom - 0.1 * (top - bottom) - 0.002, top + 0.2 * (top - bottom) + 0.002
     axis.set(ylim=(bottom, top), xlim=(-0.5, last + 0.5))
@@ -1436,12 +1446,11 @@ def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, 
 
 
 def print_result(r: Result):
-    score = f"{r.val_bpb:.4f}" if r.val_bpb is not None else "—"
     test = f"  test {r.test_bpb:.4f}" if r.test_bpb is not None else ""
     speed = f"{r.tokens_per_s / 1e6:6.2f} M tok/s" if r.tokens_per_s >= 1e5 else f"{r.tokens_per_s / 1e3:6.1f} k tok/s"
     note = f"  [{r.note}]" if r.note else ""
     tqdm.write(
-        f"{r.id:<24} {r.status:<8}{score:>8}  {r.params / 1e6:6.2f} M  {speed}  "
+        f"{r.id:<24} {r.status:<8}{score_text(r.val_bpb):>8}  {r.params / 1e6:6.2f} M  {speed}  "
         f"{r.operator:<14.14}  {r.summary}{test}{note}"
     )
 
@@ -1552,13 +1561,18 @@ def generation_text(rows: list[Result], generation: int, born: Generation) -> st
     return "  ".join(parts) + "\n"
 
 
-def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: str, device: str):
-    """Train one genome of a file for the budget, print its val_bpb and some text that it writes."""
+def read_genome(path: Path) -> Genome:
+    """The genome in best_genome.json or in a file of its own. Raises Stop or GenomeError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise Stop(f"Cannot read {path}: {error}") from None
-    genome = Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
+    return Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
+
+
+def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: str, device: str):
+    """Train one genome of a file for the budget, print its val_bpb and some text that it writes."""
+    genome = read_genome(path)
     print(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
     task = Task(path.stem, -1, (), "train", genome, settings.seed)
     problem = check_network(genome, settings.seed)

@@ -17,7 +17,6 @@ import argparse
 import collections
 import dataclasses
 import gc
-import json
 import random
 import statistics
 import sys
@@ -349,7 +348,7 @@ def without_a_part(genome: Genome) -> dict[str, Genome]:
 
 
 def parts(data, settings, folder, seeds=3, path="best_genome.json"):
-    genome = Genome.from_dict(json.loads(Path(path).read_text())["genome"])
+    genome = evolve.read_genome(Path(path))
     print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
     named = {"whole": genome, **without_a_part(genome)}
     tasks = [dataclasses.replace(task_for(g, seed), id=name) for seed in range(seeds) for name, g in named.items()]

@@ -1460,13 +1460,14 @@ def test_what_became_of_every_op(free_params, capsys):
 
 def test_a_run_is_the_same_as_long_as_the_search_space_is(monkeypatch, tmp_path):
     data = types.SimpleNamespace(source="text", fingerprint="0")
-    code = {file: (Path(evolve.__file__).parent / file).read_text() for file in ("genome.py", "evolve.py")}
+    folder = Path(evolve.__file__).parent
+    code = {file: (folder / file).read_text(encoding="utf-8") for file in ("genome.py", "evolve.py")}
     monkeypatch.setattr(evolve, "__file__", str(tmp_path / "evolve.py"))
 
     def run_with(old: str, new: str) -> dict:
         assert any(old in text for text in code.values())
         for file, text in code.items():
-            (tmp_path / file).write_text(text.replace(old, new))
+            (tmp_path / file).write_text(text.replace(old, new), encoding="utf-8")
         return evolve.describe_run(evolve.Settings(), data, "cpu")
 
     tree = ast.parse("def f(x):\n    'told'\n    return x")
