@@ -670,7 +670,6 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     warnings.filterwarnings("ignore")
-    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that torch compiles in, when they are ended with us
     logging.disable(logging.WARNING)
     if device != "cpu":
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
@@ -731,6 +730,7 @@ class Pool:
         self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
 
     def start(self, device: str) -> Worker:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it frees what killed workers leave
         ours, theirs = self.context.Pipe()
         workers = self.per_device * len(self.devices)
         args = (theirs, device, self.folder, self.settings, workers)
@@ -858,14 +858,18 @@ def parse_results(content: bytes) -> tuple[dict, list[Result]]:
     return run, [from_line(line) for line in lines]
 
 
-def find_controls(out: Path, run: dict) -> dict[str, list[Result]]:
-    """Runs in out/runs that differ from this one in STRATEGY alone: the rows of the newest of each."""
+Controls = dict[tuple[str, str | int], list[Result]]  # ("strategy", "random") or ("seed", 1): the rows of that run
+
+
+def find_controls(out: Path, run: dict) -> Controls:
+    """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, the newest of each."""
     found = {}
     for path in sorted(out.glob("runs/*/results.tsv")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             other, rows = parse_results(path.read_bytes())
-            if other != run and {**other, "strategy": ""} == {**run, "strategy": ""}:
-                found[other["strategy"]] = rows
+            differs = [key for key in {**run, **other} if other.get(key) != run.get(key)]
+            if differs in (["strategy"], ["seed"]):
+                found[differs[0], other[differs[0]]] = rows
     return found
 
 
@@ -1314,7 +1318,7 @@ COLOURS = [
 ]  # Okabe & Ito 2008, for every kind of sight
 
 
-def draw(rows: list[Result], path: Path, title: str, controls: dict[str, list[Result]]):
+def draw(rows: list[Result], path: Path, title: str, controls: Controls):
     """progress.png: is it getting better (than its controls), what is it made of, at what cost."""
     import io
 
@@ -1346,18 +1350,21 @@ def draw(rows: list[Result], path: Path, title: str, controls: dict[str, list[Re
 
 
 def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
-    """The mean of the genome that led after each generation."""
-    leaders = [next(iter(ranked_after(rows, g)), None) for g in generations]
+    """The mean of the genome that led after each generation, nan before the first and after the last of the rows."""
+    last = max((r.generation for r in rows if r.is_search), default=-1)
+    leaders = [next(iter(ranked_after(rows, g)), None) if g <= last else None for g in generations]
     return [leader.mean if leader else math.nan for leader in leaders]
 
 
-def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: dict[str, list[Result]]):
+def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: Controls):
     """Every evaluation, the best and the median, and what controls and the designs made by hand reach.
 
-    The axis ends above the best lines and three quarters of the evaluations; evaluations above stand at its upper end.
+    The axis ends above the best lines of this seed and three quarters of the evaluations; those above stand at its end.
     """
     best = best_so_far(rows, generations)
-    others = {strategy: best_so_far(theirs, generations) for strategy, theirs in sorted(controls.items())}
+    lines = {key: best_so_far(theirs, generations) for key, theirs in sorted(controls.items(), key=str)}
+    others = {value: line for (what, value), line in lines.items() if what == "strategy"}
+    seeds = {value: line for (what, value), line in lines.items() if what == "seed"}
     levels: dict[str, float] = {}  # the best of each family made by hand
     for c in candidates([r for r in rows if r.operator == "entrant"]):
         levels.setdefault(c.id.split("-")[0], c.mean)
@@ -1378,6 +1385,10 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
     for (strategy, other), color in zip(others.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
         axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
+    label = f"the same, with seed {' and '.join(map(str, seeds))}"
+    for line in seeds.values():
+        axis.plot(generations, line, color=COLOURS[0], lw=1.2, label=label)
+        label = None
     noise = noise_floor(rows)
     if noise:
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
@@ -1584,9 +1595,10 @@ def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: s
         raise Stop(f"{path}: out of memory, even with one row of {settings.seq_len} tokens at once")
     if values["status"] != "ok":
         raise Stop(f"{path}: training ended with status {values['status']}")
+    passes = values["tokens"] / len(data.train)
     print(
-        f"val_bpb {values['val_bpb']:.4f} after {values['seconds']:.1f} s, {values['tokens']:,} tokens "
-        f"({values['tokens_per_s']:,.0f} a second)\n"
+        f"val_bpb {values['val_bpb']:.4f} after {values['seconds']:.1f} s: {values['tokens']:,} tokens, "
+        f"{values['tokens_per_s']:,.0f} a second, {passes:.1f} passes over the training text\n"
     )
     print(write_text(trial.model, data, prompt, settings.seq_len, settings.seed))
 

@@ -5,18 +5,20 @@
     uv run tests/bench.py --data-dir DIR --seconds 3 soak
 
 speed    the transformer genome through evolve.py's trainer against a hand-written, wholly compiled and captured loop
-bpb      its val_bpb after 5, 10 and 30 seconds, three seeds each
+bpb      its val_bpb after 5, 10 and 30 seconds, three seeds (--seeds) each
 ops      forward and backward milliseconds of every op and trait choice
 soak     100 random genomes at 2 s each through the workers: time outside training, memory, statuses, and how many get
          below the unigram entropy
 designs  val_bpb of the named designs after 10 s
 parts    best_genome.json without one of its parts at a time, 10 s, three seeds each: what is each worth?
+variants networks made by hand near the published winner, and transformers, 5 s each: is anything better near it?
 """
 
 import argparse
 import collections
 import dataclasses
 import gc
+import math
 import random
 import statistics
 import sys
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from variants import near_the_winner
 
 import evolve
 import genome as genomes
@@ -193,7 +196,7 @@ def speed(data, settings, folder):
     print(f"  warm-up and capture {capture_s:.2f} s", flush=True)
 
 
-def bpb(data, settings, folder, budgets=(5.0, 10.0, 30.0), seeds=3):
+def bpb(data, settings, folder, seeds, budgets=(5.0, 10.0, 30.0)):
     device_data = evolve.DeviceData(data, torch.device("cuda:0"))
     print("val_bpb of the same genome through evaluate()")
     for seconds in budgets:
@@ -347,28 +350,45 @@ def without_a_part(genome: Genome) -> dict[str, Genome]:
     return {name: child for name, child in less.items() if child.key != genome.key and by_key[child.key] == name}
 
 
-def parts(data, settings, folder, seeds=3, path="best_genome.json"):
+def scores_of(named: dict[str, Genome], settings, folder, seeds: int) -> dict[str, list[float]]:
+    """val_bpb of each genome with each of the seeds, nan where there is none."""
+    tasks = [dataclasses.replace(task_for(g, seed), id=name) for seed in range(seeds) for name, g in named.items()]
+    scores = {name: [float("nan")] * seeds for name in named}
+    for r in evaluated(tasks, settings, folder):
+        evolve.print_result(r)
+        scores[r.id][r.seed] = r.val_bpb if r.status == "ok" else float("nan")
+    return scores
+
+
+def parts(data, settings, folder, seeds, path="best_genome.json"):
     genome = evolve.read_genome(Path(path))
     print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    named = {"whole": genome, **without_a_part(genome)}
-    tasks = [dataclasses.replace(task_for(g, seed), id=name) for seed in range(seeds) for name, g in named.items()]
-    scores = collections.defaultdict(dict)
-    for r in evaluated(tasks, settings, folder):
-        scores[r.id][r.seed] = r.val_bpb if r.status == "ok" else float("nan")
-    for name in named:
-        mine = evolve.estimate(scores[name][seed] for seed in range(seeds))
-        worth = evolve.estimate(scores[name][seed] - scores["whole"][seed] for seed in range(seeds))
-        print(f"  {name:<60} {mine}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
+    scores = scores_of({"whole": genome, **without_a_part(genome)}, settings, folder, seeds)
+    for name, mine in scores.items():
+        worth = evolve.estimate(s - whole for s, whole in zip(mine, scores["whole"], strict=True))
+        print(f"  {name:<60} {evolve.estimate(mine)}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
 
 
-BENCHMARKS = {"speed": speed, "bpb": bpb, "ops": ops, "soak": soak, "designs": designs, "parts": parts}
-SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0}
+def variants(data, settings, folder, seeds):
+    transformers = {name: g for name, g in genomes.ENTRANTS.items() if name.startswith("transformer")}
+    print(f"near the published winner, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
+    means = {}
+    for name, scores in scores_of({**near_the_winner(), **transformers}, settings, folder, seeds).items():
+        means[name] = statistics.fmean(scores)
+    for name in sorted(means, key=lambda name: (math.isnan(means[name]), means[name])):
+        print(f"  {means[name]:.4f}  {name}")
+
+
+BENCHMARKS = {f.__name__: f for f in (speed, bpb, ops, soak, designs, parts, variants)}
+SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0, "variants": 5.0}
+SEEDS = {"bpb": 3, "parts": 3, "variants": 1}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
-    parser.add_argument("--seconds", type=float, help="of training in a trial of soak, designs and parts")
+    parser.add_argument("--seconds", type=float, help="of training in a trial of soak, designs, parts and variants")
+    parser.add_argument("--seeds", type=int, help="of each genome in bpb, parts and variants")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -379,7 +399,8 @@ def main():
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {data.source} {data.fingerprint}\n", flush=True)
     for name in args.which or BENCHMARKS:
         seconds = args.seconds or SECONDS.get(name, evolve.TIME_BUDGET)
-        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), folder)
+        seeds = {"seeds": args.seeds or SEEDS[name]} if name in SEEDS else {}
+        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), folder, **seeds)
         print()
 
 

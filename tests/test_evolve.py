@@ -727,6 +727,32 @@ def test_workers_end_with_their_parent(toys, folder):
             os.kill(pid, signal.SIGKILL)
 
 
+HOLDER = """
+import multiprocessing, sys, time
+sys.path.insert(0, {root!r})
+import evolve
+
+def hold(pipe, *_):
+    lock = multiprocessing.Lock()  # as torch has them where it compiles
+    pipe.send("idle")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    evolve.worker = hold
+    pool = evolve.Pool(None, evolve.Settings(workers_per_gpu=1))
+    assert pool.workers[0].pipe.recv() == "idle"
+    pool.workers[0].become("training")  # so that it is killed
+    pool.stop()
+    print("stopped")
+"""
+
+
+def test_what_a_killed_worker_leaves_is_freed_in_silence(tmp_path):
+    (tmp_path / "holder.py").write_text(HOLDER.format(root=str(ROOT)))
+    done = subprocess.run([sys.executable, tmp_path / "holder.py"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Selection and breeding. A toy fitness, whose best is known: genes of one kind, six of them are best.
 
@@ -1368,13 +1394,13 @@ def test_train_one_design(data_dir, tmp_path, capsys):
     flags = [*FLAGS, "--data-dir", data_dir, "--train", str(path), "--prompt", "a dog ran"]
     assert evolve.main(flags) == 0
     output = capsys.readouterr().out
-    assert NET.summary in output and re.search(r"val_bpb \d\.\d{4} after .* s, 1,024 tokens", output)
-    written = output.partition("a second)\n\n")[2]
+    assert NET.summary in output and re.search(r"val_bpb \d\.\d{4} after .* s: 1,024 tokens", output)
+    written = output.partition("over the training text\n\n")[2]
     assert written.startswith("a dog ran") and len(written) > 100
     plain = tmp_path / "plain.json"
     plain.write_text(NET.to_json())
     assert evolve.main([str(plain) if flag == str(path) else flag for flag in flags]) == 0
-    assert capsys.readouterr().out.partition("a second)\n\n")[2] == written
+    assert capsys.readouterr().out.partition("over the training text\n\n")[2] == written
     for content in ("[", "3", "[]", "{}", '{"genome": {"genes": [{"op": "no such"}]}}', "[" * 100_000):
         plain.write_text(content)
         assert evolve.main([str(plain) if flag == str(path) else flag for flag in flags]) == 1, content[:40]
@@ -1415,9 +1441,24 @@ def test_the_picture(free_params, tmp_path):
     for drawn in ([], entrants, search(s, 2, status=lambda t: "crash")):
         evolve.draw(drawn, tmp_path / "progress.png", "nothing was scored", {})
         assert not (tmp_path / "progress.png").exists()
+    controls = {("strategy", "random"): search(s, 2), ("strategy", "drift"): [], ("seed", 1): rows}
     evolve.draw(rows, tmp_path / "alone.png", "a title", {})
-    evolve.draw(rows, tmp_path / "beside.png", "a title", {"random": search(s, 2), "drift": []})
+    evolve.draw(rows, tmp_path / "beside.png", "a title", controls)
     assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "beside.png").read_bytes()
+
+
+def test_the_picture_shows_controls_as_far_as_they_went(free_params):
+    import matplotlib.pyplot as plt
+
+    rows, short = search(tiny(**BIG), 4), search(tiny(**BIG, seed=1), 2)
+    controls = {("strategy", "random"): rows, ("seed", 1): short, ("seed", 2): rows}
+    figure, axis = plt.subplots()
+    evolve.draw_scores(axis, rows, rows, [0, 1, 2, 3], 3, controls)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert drawn["best so far, random search"] == drawn["best so far, mean of its evaluations"]
+    ours = drawn["the same, with seed 1 and 2"]
+    assert ours[:2] == evolve.best_so_far(short, [0, 1]) and all(map(math.isnan, ours[2:]))
+    plt.close(figure)
 
 
 def test_the_picture_is_about_the_better_evaluations(free_params):
@@ -1481,7 +1522,7 @@ def test_a_run_is_the_same_as_long_as_the_search_space_is(monkeypatch, tmp_path)
     assert run_with("rng.choice(survivors)", "survivors[0]") != before
 
 
-def test_controls_are_runs_that_differ_in_strategy_alone(free_params, tmp_path):
+def test_controls_are_runs_that_differ_in_strategy_or_seed_alone(free_params, tmp_path):
     run = {"strategy": "evolution", "seed": 0, "data": "text"}
     rows = search(tiny(**BIG), 1)
     for name, other in {
@@ -1489,15 +1530,19 @@ def test_controls_are_runs_that_differ_in_strategy_alone(free_params, tmp_path):
         "2": run | {"strategy": "random", "seed": 1},
         "3": run,
         "4": run | {"strategy": "drift"},
+        "5": run | {"seed": 7},
+        "6": run | {"seed": 7, "data": "other"},
+        "7": {k: v for k, v in run.items() if k != "data"},
     }.items():
         with record_in(tmp_path / "runs" / name) as record:
             record.begin(other)
             for row in rows[: int(name)]:
                 record.append(row)
-    (tmp_path / "runs" / "5").mkdir()
-    (tmp_path / "runs" / "5" / "results.tsv").write_text("no results\n")
+    (tmp_path / "runs" / "8").mkdir()
+    (tmp_path / "runs" / "8" / "results.tsv").write_text("no results\n")
     found = evolve.find_controls(tmp_path, run)
-    assert {strategy: len(rows) for strategy, rows in found.items()} == {"random": 1, "drift": 4}
+    found = {key: len(rows) for key, rows in found.items()}
+    assert found == {("strategy", "random"): 1, ("strategy", "drift"): 4, ("seed", 7): 5}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
