@@ -670,6 +670,7 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     warnings.filterwarnings("ignore")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that torch compiles in
     logging.disable(logging.WARNING)
     if device != "cpu":
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
@@ -727,10 +728,11 @@ class Pool:
         self.folder, self.settings = folder, settings
         self.worked, self.failed_starts = False, 0  # whether any worker ever started; starts that failed in a row
         self.context = multiprocessing.get_context(START_METHOD)
+        # The tracker of this process frees the semaphores of workers that were killed; its warning helps nobody.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
 
     def start(self, device: str) -> Worker:
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it frees what killed workers leave
         ours, theirs = self.context.Pipe()
         workers = self.per_device * len(self.devices)
         args = (theirs, device, self.folder, self.settings, workers)
@@ -862,7 +864,7 @@ Controls = dict[tuple[str, str | int], list[Result]]  # ("strategy", "random") o
 
 
 def find_controls(out: Path, run: dict) -> Controls:
-    """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, the newest of each."""
+    """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, of each the last by name."""
     found = {}
     for path in sorted(out.glob("runs/*/results.tsv")):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -1362,7 +1364,7 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     The axis ends above the best lines of this seed and three quarters of the evaluations; those above stand at its end.
     """
     best = best_so_far(rows, generations)
-    lines = {key: best_so_far(theirs, generations) for key, theirs in sorted(controls.items(), key=str)}
+    lines = {key: best_so_far(controls[key], generations) for key in sorted(controls)}
     others = {value: line for (what, value), line in lines.items() if what == "strategy"}
     seeds = {value: line for (what, value), line in lines.items() if what == "seed"}
     levels: dict[str, float] = {}  # the best of each family made by hand
@@ -1370,7 +1372,7 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
         levels.setdefault(c.id.split("-")[0], c.mean)
     most = np.quantile([r.val_bpb for r in ok], (0, 0.75))
     shown = [*best, *itertools.chain(*others.values()), *sorted(levels.values())[:1], *most]
-    bottom, top = np.nanmin(shown), np.nanmax(shown)
+    bottom, top = np.nanmin([*shown, *itertools.chain(*seeds.values())]), np.nanmax(shown)
     bottom, top = bottom - 0.1 * (top - bottom) - 0.002, top + 0.2 * (top - bottom) + 0.002
     axis.set(ylim=(bottom, top), xlim=(-0.5, last + 0.5))
 
@@ -1385,10 +1387,12 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
     for (strategy, other), color in zip(others.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
         axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
-    label = f"the same, with seed {' and '.join(map(str, seeds))}"
-    for line in seeds.values():
+    label = "best so far, other seeds"
+    for seed, line in seeds.items():
         axis.plot(generations, line, color=COLOURS[0], lw=1.2, label=label)
         label = None
+        if ends := [(g, y) for g, y in zip(generations, line, strict=True) if not math.isnan(y)]:
+            axis.annotate(f" seed {seed}", ends[-1], color=COLOURS[0], va="center", annotation_clip=True)
     noise = noise_floor(rows)
     if noise:
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
@@ -1507,7 +1511,8 @@ class Run:
 def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Dataset):
     """The whole search, from wherever the record stands: entrants, generations, final."""
     run = Run(out, record, settings, data)
-    title = f"genesis, {settings.strategy}: {data.source}, {record.run['device']}, {budget_text(settings)} a trial"
+    what = f"{settings.strategy}, seed {settings.seed}"
+    title = f"genesis, {what}: {data.source}, {record.run['device']}, {budget_text(settings)} a trial"
     per_generation, generations = settings.population_size, settings.max_generations
     finals = settings.final_seeds * (settings.finalists + settings.rivals)
     try:

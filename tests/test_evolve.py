@@ -1451,13 +1451,16 @@ def test_the_picture_shows_controls_as_far_as_they_went(free_params):
     import matplotlib.pyplot as plt
 
     rows, short = search(tiny(**BIG), 4), search(tiny(**BIG, seed=1), 2)
-    controls = {("strategy", "random"): rows, ("seed", 1): short, ("seed", 2): rows}
+    better = [dataclasses.replace(r, val_bpb=r.val_bpb - 0.5) for r in short]
+    controls = {("strategy", "random"): rows, ("seed", 10): short, ("seed", 2): better, ("seed", 3): []}
     figure, axis = plt.subplots()
     evolve.draw_scores(axis, rows, rows, [0, 1, 2, 3], 3, controls)
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
     assert drawn["best so far, random search"] == drawn["best so far, mean of its evaluations"]
-    ours = drawn["the same, with seed 1 and 2"]
-    assert ours[:2] == evolve.best_so_far(short, [0, 1]) and all(map(math.isnan, ours[2:]))
+    ours = drawn["best so far, other seeds"]  # of seed 2, the first
+    assert ours[:2] == evolve.best_so_far(better, [0, 1]) and all(map(math.isnan, ours[2:]))
+    assert [text.get_text() for text in axis.texts][:2] == [" seed 2", " seed 10"]
+    assert axis.get_ylim()[0] < min(ours[:2]), "a seed that is better is in the picture"
     plt.close(figure)
 
 

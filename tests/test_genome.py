@@ -18,6 +18,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+import variants
 
 import genome as g
 from genome import OPS, Gene, Genome, GenomeError, Model, Op
@@ -653,3 +654,11 @@ def test_a_genome_can_be_pickled_and_cannot_be_changed():
     with pytest.raises(AttributeError):
         _ = genome.genes[0].heads  # a norm has none
     assert genome.genes[1].heads == 4
+
+
+def test_the_variants_of_the_winner_are_fifty():
+    found = variants.near_the_winner()
+    assert len({net.key for net in found.values()}) == len(found) == 50
+    assert found["winner"].summary == (
+        "norm→ssm→norm→shift→moe_router→norm→attention→norm→moe_router→norm×2→ssm→moe_router→norm"
+    )
