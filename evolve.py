@@ -670,7 +670,6 @@ def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     warnings.filterwarnings("ignore")
-    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that torch compiles in
     logging.disable(logging.WARNING)
     if device != "cpu":
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
@@ -728,7 +727,7 @@ class Pool:
         self.folder, self.settings = folder, settings
         self.worked, self.failed_starts = False, 0  # whether any worker ever started; starts that failed in a row
         self.context = multiprocessing.get_context(START_METHOD)
-        # The tracker of this process frees the semaphores of workers that were killed; its warning helps nobody.
+        # Trackers, ours and those of workers, free the semaphores of killed processes; their warning helps nobody.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
 
@@ -1236,7 +1235,7 @@ def lineage(rows: list[Result], name: str) -> list[dict]:
     """The ancestors of a genome, oldest first, itself last."""
     first = {}
     for row in rows:
-        if row.operator not in ("again", "final"):
+        if row.is_newcomer:
             first.setdefault(row.id, row)
     found, todo = {}, [name]
     while todo:
@@ -1364,14 +1363,15 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     The axis ends above the best lines of this seed and three quarters of the evaluations; those above stand at its end.
     """
     best = best_so_far(rows, generations)
-    lines = {key: best_so_far(controls[key], generations) for key in sorted(controls)}
-    others = {value: line for (what, value), line in lines.items() if what == "strategy"}
-    seeds = {value: line for (what, value), line in lines.items() if what == "seed"}
+    strategies, seeds = (
+        {value: best_so_far(controls[what, value], generations) for what, value in sorted(controls) if what == wanted}
+        for wanted in ("strategy", "seed")
+    )
     levels: dict[str, float] = {}  # the best of each family made by hand
     for c in candidates([r for r in rows if r.operator == "entrant"]):
         levels.setdefault(c.id.split("-")[0], c.mean)
     most = np.quantile([r.val_bpb for r in ok], (0, 0.75))
-    shown = [*best, *itertools.chain(*others.values()), *sorted(levels.values())[:1], *most]
+    shown = [*best, *itertools.chain(*strategies.values()), *sorted(levels.values())[:1], *most]
     bottom, top = np.nanmin([*shown, *itertools.chain(*seeds.values())]), np.nanmax(shown)
     bottom, top = bottom - 0.1 * (top - bottom) - 0.002, top + 0.2 * (top - bottom) + 0.002
     axis.set(ylim=(bottom, top), xlim=(-0.5, last + 0.5))
@@ -1385,8 +1385,8 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
     axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation")
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
-    for (strategy, other), color in zip(others.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
-        axis.plot(generations, other, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
+    for (strategy, line), color in zip(strategies.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
+        axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
     label = "best so far, other seeds"
     for seed, line in seeds.items():
         axis.plot(generations, line, color=COLOURS[0], lw=1.2, label=label)

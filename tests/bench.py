@@ -372,9 +372,8 @@ def parts(data, settings, folder, seeds, path="best_genome.json"):
 def variants(data, settings, folder, seeds):
     transformers = {name: g for name, g in genomes.ENTRANTS.items() if name.startswith("transformer")}
     print(f"near the published winner, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    means = {}
-    for name, scores in scores_of({**near_the_winner(), **transformers}, settings, folder, seeds).items():
-        means[name] = statistics.fmean(scores)
+    scores = scores_of({**near_the_winner(), **transformers}, settings, folder, seeds)
+    means = {name: statistics.fmean(mine) for name, mine in scores.items()}
     for name in sorted(means, key=lambda name: (math.isnan(means[name]), means[name])):
         print(f"  {means[name]:.4f}  {name}")
 

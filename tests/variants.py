@@ -5,7 +5,7 @@ The name says what a network is: residual branches, each behind a norm, or the w
 
 from dataclasses import replace
 
-from genome import OPS, Gene, Genome
+from genome import Gene, Genome
 
 SHORT = {  # genes as the winner has them, and others with traits that are not the usual ones
     "ssm": Gene("ssm", 256, gating="none"),
@@ -17,13 +17,14 @@ SHORT = {  # genes as the winner has them, and others with traits that are not t
     "x0": Gene("linear", 256),  # the embedding, through a matrix, is added to the stream
     **{op: Gene(op, 256) for op in ("attention", "retention", "gate")},
 }
-FOUND = "ssm, shift moe, attention, moe, ssm, moe"  # the winner, but for the wiring of its last two ops
+START = "ssm, shift moe, attention, moe"  # of the winner
+FOUND = f"{START}, ssm, moe"  # the winner, but for the wiring of its last two ops
 BRANCHES = [
     FOUND,
     # shorter and longer
-    "ssm, shift moe, attention, moe",
-    "ssm, shift moe, attention, moe, ssm, moe, ssm, moe",
-    "ssm, shift moe, attention, moe, ssm, moe, attention, moe",
+    START,
+    f"{FOUND}, ssm, moe",
+    f"{FOUND}, attention, moe",
     # which ops mix tokens, and in which order
     "ssm, shift moe, ssm, moe, attention, moe",
     "attention, shift moe, ssm, moe, ssm, moe",
@@ -79,11 +80,11 @@ def changed(genome: Genome, op: str, **traits) -> Genome:
 
 
 def resized(genome: Genome, dim: int, **traits) -> Genome:
-    genes = (g if OPS[g.op].keeps_width else g.change(dim=dim) for g in genome.genes)
+    genes = (g.change(dim=dim) if g.dim else g for g in genome.genes)
     return replace(genome, genes=tuple(genes), embed_dim=dim, **traits)
 
 
-def winner(start: str = "ssm, shift moe, attention, moe") -> Genome:
+def winner(start: str = START) -> Genome:
     """The published best_genome.json, or one with other branches before the last."""
     last = (Gene("norm"), Gene("norm"), SHORT["ssm"].change(skip=2), SHORT["moe"].change(skip=4))
     return Genome((*network(start).genes, *last, Gene("norm", kind="layer")), embed_dim=256)
@@ -93,7 +94,7 @@ def near_the_winner() -> dict[str, Genome]:
     """Each with its name; the winner is the first."""
     won = winner()
     found = {"winner": won} | {text: network(text) for text in BRANCHES}
-    found["ssm, shift moe, attention, moe at width 384"] = resized(network("ssm, shift moe, attention, moe"), 384)
+    found[f"{START} at width 384"] = resized(network(START), 384)
     found[f"{FOUND}, layer norm"] = replace(network(FOUND), genes=(*network(FOUND).genes, Gene("norm", kind="layer")))
     side_by_side = (Gene("norm"), SHORT["attention"].change(skip=2), SHORT["ssm"].change(input=2, skip=1))
     genes = (*side_by_side, *network("shift moe").genes, *side_by_side, *network("moe").genes)
