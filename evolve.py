@@ -2,13 +2,23 @@
 
     uv run evolve.py                     evolve overnight; stop it and start it again as you like
     uv run evolve.py --demo              two minutes on any machine, no download: the same program on a small scale
-    uv run evolve.py --final             the final now, from what results.tsv holds
-    uv run evolve.py --train best_genome.json --time-budget 120      train one design, and let it write
+    uv run evolve.py --train best_genome.json --time-budget 120 --save model.safetensors
+                                         train one design, let it write, and keep its weights
+    uv run evolve.py --write model.safetensors --prompt "The moon"      let a saved model write
 
 Reads the tokens that prepare.py wrote (and prepares them first where there are none). Writes results.tsv, one line per
-evaluation; everything else (who survives, best_genome.json, progress.png, where a stopped run goes on) is a function of
-it. Every constant below is also a flag: TIME_BUDGET = 30 is --time-budget 30.
+evaluation; everything else (what is evaluated next, best_genome.json, progress.png) is a function of its rows. Every
+constant below is also a flag: TIME_BUDGET = 30 is --time-budget 30.
+
+The file is a row of rooms, and each knows only those before it:
+
+    settings -> trial -> pool -> record -> plan -> report -> run
 """
+
+import sys
+
+if sys.platform == "win32":
+    raise SystemExit("genesis needs Linux or macOS; on Windows run it in WSL: https://learn.microsoft.com/windows/wsl")
 
 import argparse
 import ast
@@ -32,155 +42,212 @@ import random
 import re
 import signal
 import statistics
-import sys
+import subprocess
 import threading
 import time
 import traceback
-import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import prepare
-from genome import ENTRANTS, MAX_SEQ_LEN, OPS, Block, Genome, GenomeError, Model, crossover, mutate, random_genome
+from typing import Annotated, Literal, NamedTuple
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Settings: the constants, what values they may have, and a flag for each.
+
+
+class Rule(NamedTuple):
+    """What a value has to be, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+Count = Annotated[int, Rule("has to be at least 1", lambda n: n >= 1)]
+CountOr0 = Annotated[int, Rule("cannot be negative", lambda n: n >= 0)]
+Share = Annotated[float, Rule("is a share, from 0 to 1", lambda x: 0 <= x <= 1)]
+Positive = Annotated[float, Rule("has to be above 0", lambda x: 0 < x < math.inf)]
+PositiveOr0 = Annotated[float, Rule("cannot be negative", lambda x: 0 <= x < math.inf)]
+Tenths = Annotated[float, Rule("has to be one of 0.1, 0.2, ... 0.9", lambda x: x in [n / 10 for n in range(1, 10)])]
+Several = Annotated[int, Rule("has to be at least 2, or there is no interval", lambda n: n >= 2)]
+Seed = Annotated[int, Rule("is from 0 to a billion", lambda n: 0 <= n <= 10**9)]
+
 # The search
-POPULATION_SIZE = 12  # evaluations in a generation: survivors once more, and children
-SURVIVORS = 3  # genomes that breed the next generation
-REPEATS = 3  # evaluations of a survivor, one a generation, each with a new seed; after that its mean stands
-MUTATION_RATE = 0.3  # chance of each further mutation after the first, and of one after a crossover
-CROSSOVER_RATE = 0.3  # share of children with two parents
-IMMIGRANTS = 1  # random newcomers among the children of a generation
-MAX_GENERATIONS = 25  # generations until the final; raise it to go on
-STRATEGY = "evolution"  # evolution, random (every child a random genome) or drift (survivors drawn at random)
-SEED = 0  # of everything that is random
+POPULATION_SIZE: Count = 12  # evaluations in a generation: survivors once more, and newcomers
+SURVIVORS: Count = 3  # genomes that breed the next generation
+REPEATS: Count = 3  # evaluations of a survivor, one a generation, each with a new seed; after that its mean stands
+MUTATION_RATE: Share = 0.3  # chance of each further mutation after the first, and of one after a crossover
+CROSSOVER_RATE: Share = 0.3  # share of children with two parents
+IMMIGRANTS: CountOr0 = 1  # random genomes among the newcomers of a generation
+MAX_GENERATIONS: CountOr0 = 25  # generations until the final; raise it to go on
+STRATEGY: Literal["evolution", "random", "drift"] = "evolution"  # random: no parents; drift: parents drawn at random
+SEED: Seed = 0  # of everything that is random
 # A trial
-TIME_BUDGET = 30.0  # seconds of training per genome
-TOKEN_BUDGET = 0  # tokens of training per genome in the place of seconds; 0: TIME_BUDGET counts
-MAX_PARAMS = 10_000_000  # parameters of a genome, embedding and head included
-BATCH_TOKENS = 32_768  # tokens per optimizer step
-SEQ_LEN = 2_048  # tokens that a model sees at once
-EVAL_TOKENS = 1_048_576  # tokens of val, and of test, that are scored
-HURDLE = 0.1  # nats per token worse than every survivor at HURDLE_AT: a newcomer ends there; 0: off
-HURDLE_AT = 0.7  # share of the budget, in tenths; earlier the loss is unfair to deep genomes and high learning rates
-HURDLE_SAMPLE = 0.1  # share of those that run on all the same, to see what the hurdle costs
+TIME_BUDGET: Positive = 30.0  # seconds of training per genome
+TOKEN_BUDGET: CountOr0 = 0  # tokens of training per genome in the place of seconds; 0: TIME_BUDGET counts
+MAX_PARAMS: Count = 10_000_000  # parameters of a genome, embedding and head included
+BATCH_TOKENS: Count = 32_768  # tokens per optimizer step
+SEQ_LEN: Count = 2_048  # tokens that a model sees at once
+EVAL_TOKENS: Count = 1_048_576  # tokens of val, and of test, that are scored
+HURDLE: PositiveOr0 = 0.1  # nats per token that a newcomer may be behind the last survivor at HURDLE_AT; 0: no hurdle
+HURDLE_AT: Tenths = 0.7  # share of the budget; earlier, deep genomes and high learning rates look worse than they are
+HURDLE_SAMPLE: Share = 0.1  # share of newcomers that run on all the same, to see what the hurdle costs
 # The final
-FINALISTS = 3  # best genomes in it
-RIVALS = 2  # best transformers in it
-FINAL_SEEDS = 5  # times that each is retrained
-FINAL_FACTOR = 2.0  # times the budget of the search
+FINALISTS: Count = 3  # best genomes of the search in it
+FINAL_BASELINES: CountOr0 = 2  # best transformers in it
+FINAL_SEEDS: Several = 5  # times that each is trained again
+FINAL_FACTOR: Positive = 2.0  # times the budget of the search
 # The machine
-WORKERS_PER_GPU = 0  # processes: one trains while the others compile what comes next; 0: half the CPU cores, up to 8
-DEADLINE = 300  # seconds that building and compiling, or training and scoring beyond twice the budget, may take
-# ----------------------------------------------------------------------------------------------------------------------
+WORKERS: CountOr0 = 0  # processes: one trains while the others compile what comes next; 0: half the CPU cores, up to 8
+DEADLINE: Count = 300  # seconds that building and compiling, or training and scoring beyond twice the budget, may take
 
-CONSTANTS = {
-    name: value
-    for name, value in globals().items()
-    if name.isupper() and isinstance(value, int | float | str) and name != "MAX_SEQ_LEN"  # that is genome.py's
-}
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
     population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=16_384, max_params=3_000_000,
     batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.3, finalists=1, final_seeds=2, final_factor=1.0,
 )  # fmt: skip
 # what may change within a run
-MAY_CHANGE = ("max_generations", "finalists", "rivals", "final_seeds", "workers_per_gpu", "deadline")
+MAY_CHANGE = ("max_generations", "finalists", "final_baselines", "final_seeds", "workers", "deadline")
+
+HINTS = typing.get_type_hints(sys.modules[__name__], include_extras=True)  # of the constants: no other name has one
+CONSTANTS = {name: globals()[name] for name in HINTS}
 Settings = dataclasses.make_dataclass(
     "Settings",
-    [(name.lower(), type(value), field(default=value)) for name, value in CONSTANTS.items()],
+    [(name.lower(), type(default), field(default=default)) for name, default in CONSTANTS.items()],
     frozen=True,
-    namespace={"__module__": __name__, "__doc__": "The constants above, in lower case."},
+    namespace={"__module__": __name__, "__doc__": "The constants, in lower case."},
 )
-
-MUON_LR, MUON_MOMENTUM = 0.02, 0.95
-EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
-ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
-SEEDS = 100_000  # of evaluations, for one SEED: the first half for generations, the second for the final
-CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
 
 
 class Stop(Exception):
     """The run cannot go on; the message says why and what to do."""
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; constants that were not given are None."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--demo", action="store_true", help="two minutes on any machine, on text that every machine has")
+    add("--data-dir", metavar="DIR", help="the folder of parquet shards that prepare.py was given")
+    add("--out", metavar="DIR", help="where results go (default: here; with --demo: demo/)")
+    add("--new", action="store_true", help="move the run that is there to runs/ and begin again")
+    add("--train", metavar="FILE", help="train the genome in a file, and let it write")
+    add("--save", metavar="FILE", help="where --train keeps the weights, as safetensors")
+    add("--write", metavar="FILE", help="let a model write that --save kept")
+    add("--prompt", default="The history of science", help="what --train and --write go on from")
+    comments = dict(re.findall(r"^([A-Z_]+): .+? = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
+    for name, default in CONSTANTS.items():
+        help = f"{comments[name]} (default {default})".replace("%", "%%")
+        add(f"--{name.lower().replace('_', '-')}", type=type(default), metavar="N", help=help)
+    return parser.parse_args(argv)
+
+
 def read_settings(args: argparse.Namespace) -> "Settings":
     """Settings from flags, --demo and constants, in that order. Raises Stop naming a constant that is impossible."""
-    given = {name.lower(): getattr(args, name.lower()) for name in CONSTANTS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name.lower(): value for name in CONSTANTS if (value := getattr(args, name.lower())) is not None}
     if "time_budget" in given:
         given.setdefault("token_budget", 0)  # whoever asks for seconds gets seconds, in the demo too
     settings = Settings(**{**(DEMO if args.demo else {}), **given})
-    sizes = "population_size survivors repeats batch_tokens seq_len eval_tokens max_params finalists deadline"
-    for name in sizes.split():
-        if getattr(settings, name) < 1:
-            raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be at least 1")
-    for name in ("immigrants", "max_generations", "token_budget", "hurdle", "rivals", "seed", "workers_per_gpu"):
-        if not getattr(settings, name) >= 0:
-            raise Stop(f"{name.upper()} = {getattr(settings, name)}: cannot be negative")
-    for name in ("mutation_rate", "crossover_rate", "hurdle_sample"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise Stop(f"{name.upper()} = {getattr(settings, name)}: is a share, from 0 to 1")
-    if settings.hurdle_at not in [tenth / CURVE for tenth in range(1, CURVE)]:
-        raise Stop(f"HURDLE_AT = {settings.hurdle_at}: is a whole number of tenths, from 0.1 to 0.9")
-    for name in ("time_budget", "final_factor"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise Stop(f"{name.upper()} = {getattr(settings, name)}: has to be above 0")
-    if settings.final_seeds < 2:
-        raise Stop(f"FINAL_SEEDS = {settings.final_seeds}: an interval needs at least 2")
-    if settings.survivors + settings.immigrants >= settings.population_size:
+    for name, hint in HINTS.items():
+        value, limits = getattr(settings, name.lower()), typing.get_args(hint)
+        if isinstance(limits[1], Rule):
+            words, holds = limits[1]
+        else:
+            words, holds = f"is one of {', '.join(limits)}", limits.__contains__
+        if not holds(value):
+            raise Stop(f"{name} = {value}: {words}")
+    s = settings
+    if s.survivors + s.immigrants >= s.population_size:
         raise Stop("SURVIVORS + IMMIGRANTS have to be less than POPULATION_SIZE, or no child is ever bred")
-    if settings.seq_len > MAX_SEQ_LEN:
-        raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
-    if settings.batch_tokens % settings.seq_len:
-        raise Stop(f"BATCH_TOKENS = {settings.batch_tokens}: has to be a multiple of SEQ_LEN = {settings.seq_len}")
-    if settings.strategy not in ("evolution", "random", "drift"):
-        raise Stop(f"STRATEGY = {settings.strategy}: is evolution, random or drift")
+    if s.batch_tokens % s.seq_len:
+        raise Stop(f"BATCH_TOKENS = {s.batch_tokens}: has to be a multiple of SEQ_LEN = {s.seq_len}")
     return settings
 
 
+def budget_text(settings: "Settings") -> str:
+    return f"{settings.token_budget:,} tokens" if settings.token_budget else f"{settings.time_budget:g} s"
+
+
+if __name__ == "__main__":
+    parse()  # before torch is imported, which takes seconds: --help and mistakes are answered at once
+    print("genesis: loading torch", flush=True)
+
+import prepare  # noqa: E402
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.cache_root() / "compiled"))  # torch wants it when imported
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from genome import (  # noqa: E402
+    BASELINES,
+    MAX_SEQ_LEN,
+    OPS,
+    WIDTHS,
+    Gene,
+    Genome,
+    GenomeError,
+    Model,
+    crossover,
+    mutate,
+    op_problem,
+    random_genome,
+)
+from prepare import say  # noqa: E402
+
 # ----------------------------------------------------------------------------------------------------------------------
-# A task is all that an evaluation depends on, a result is its line in results.tsv.
+# The trial: one genome, trained for its budget on one device and scored. It knows a Task, and makes a Result of it.
 
 
 @dataclass(frozen=True)
 class Task:
-    id: str  # of the genome: g3.05 is the fifth of generation 3
-    generation: int  # -1 for the designs made by hand, MAX_GENERATIONS for the final
-    parents: tuple[str, ...]
-    operator: str  # what made the genome: random, crossover, a mutation; or again, entrant, final
+    """All that an evaluation depends on, beside data and settings."""
+
+    stage: str  # of the plan: baseline, search, final
+    id: str  # of the genome: g3.05 is the fifth newcomer of generation 3, a baseline has its name
     genome: Genome
     seed: int  # of initialisation and of the order of batches
-    hurdle: float | None = None  # nats per token at HURDLE_AT
-    spared: bool = False  # runs on when it misses the hurdle
-    final: bool = False  # scored on test as well
+    generation: int | None = None  # in the search
+    parents: tuple[str, ...] = ()
+    operator: str = ""  # in the search: random, crossover, mutations joined by +, or repeat (a survivor once more)
+    budget: float = 1.0  # times TIME_BUDGET or TOKEN_BUDGET
+    test: bool = False  # scored on test as well
+    hurdle: float | None = None  # nats per token that it must not exceed at HURDLE_AT
+    spared: bool = False  # runs on when it does
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """One evaluation. status: ok, nan (diverged), oom, leak (sees the future), dead (the input does not reach the
-    output), stopped (at the hurdle), timeout, crash. Only ok has a score."""
+    """One evaluation, as the trial fills it in; one line of results.tsv. None is what was not measured.
 
-    generation: int
+    status: ok, diverged, oom (out of memory), leak (sees the future), dead (the input does not reach the output),
+    stopped (at the hurdle), stalled (training stood still for a while, so that its seconds do not count), timeout, or
+    crash. Only ok has a score.
+    """
+
+    stage: str
+    generation: int | None
     id: str
-    parents: str
+    parents: str  # ids, joined by commas
     operator: str
     seed: int
-    status: str
+    budget: float
+    status: str = "ok"
     val_bpb: float | None = None  # bits per byte on val
     test_bpb: float | None = None  # bits per byte on test, read by the final alone
-    params: int = 0
-    tokens: int = 0  # trained on
-    tokens_per_s: float = 0.0
-    memory_mb: int = 0  # peak on the device
-    held_mb: int = 0  # on the device before the evaluation
-    seconds: float = 0.0  # of training
-    outside: float = 0.0  # seconds on the device beside training: warm-up, capture, scoring
+    params: int | None = None
+    tokens: int | None = None  # trained on
+    tokens_per_s: int | None = None
+    rows: int | None = None  # windows that are treated at once; fewer than BATCH_TOKENS / SEQ_LEN where memory is short
+    captured: bool | None = None  # whether a step is one CUDA graph; None on the CPU
+    memory_mb: int | None = None  # peak on the device
+    held_mb: int | None = None  # on the device before the evaluation
+    seconds: float | None = None  # of training
+    outside: float | None = None  # seconds on the device beside training: warm-up, capture, scoring
     finished: str = ""  # when, UTC
     hurdle: str = ""  # passed, stopped, spared (missed it and ran on); empty where there was none
     losses: str = ""  # nats per token, mean over each tenth of the budget
@@ -188,40 +255,50 @@ class Result:
     key: str = ""  # of the network
     summary: str = ""
     genome: str = ""  # JSON
+    trace: str = ""  # of a crash; for the console, not for results.tsv
+
+    @classmethod
+    def of(cls, task: Task, status: str = "ok", **values) -> "Result":
+        """The result of a task, with what is known before it is trained."""
+        same = {name: getattr(task, name) for name in ("stage", "generation", "id", "operator", "seed", "budget")}
+        genome = task.genome
+        known = dict(parents=",".join(task.parents), key=genome.key, summary=genome.summary, genome=genome.to_json())
+        return cls(**same, **known, status=status, finished=now(), **values)
 
     @property
     def curve(self) -> list[float]:
         return [float(loss) for loss in self.losses.split(",")] if self.losses else []
 
     @property
-    def is_search(self) -> bool:
-        return self.operator not in ("entrant", "final")
-
-    @property
     def is_newcomer(self) -> bool:
         """Whether a genome of the search is evaluated for the first time."""
-        return self.is_search and self.operator != "again"
+        return self.stage == "search" and self.operator != "repeat"
+
+    @property
+    def evaluation(self) -> tuple[str, str, int]:
+        """What was evaluated: a second row of the same evaluation is another attempt at it."""
+        return self.stage, self.id, self.seed
 
 
-def result_of(task: Task, status: str, **values) -> Result:
-    """The result of a task, with what is known before it is trained."""
-    return Result(
-        generation=task.generation,
-        id=task.id,
-        parents=",".join(task.parents),
-        operator=task.operator,
-        seed=task.seed,
-        status=status,
-        key=task.genome.key,
-        summary=task.genome.summary,
-        genome=task.genome.to_json(),
-        finished=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"),
-        **values,
-    )
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for matrices, AdamW for embedding, head and vectors. Works inside a CUDA graph.
+MUON_LR, MUON_MOMENTUM = 0.02, 0.95
+EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
+ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
+BF16_CAPABILITY = (8, 0)  # the first with bfloat16 in its matrix units (Ampere)
+CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
+
+
+@functools.cache
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What activations are computed in: bfloat16 where the card's matrix units know it, else float32.
+
+    Not float16, whose range the factors of `retention` and `ssm` exceed.
+    """
+    knows = device.type == "cuda" and torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    return torch.bfloat16 if knows else torch.float32
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -264,28 +341,27 @@ class MuonGroup:
 
 
 class Optimizer:
-    """Muon and AdamW over a Model, every learning rate times lr_factor and times `schedule`, a tensor on the device."""
+    """Muon for the matrices of a Model, AdamW for its embedding, head and vectors. Works inside a CUDA graph.
+
+    Every learning rate is multiplied by lr_factor and by `schedule`, a tensor on the device.
+    """
 
     def __init__(self, model: Model, lr_factor: float):
-        device = next(model.parameters()).device
+        groups = model.parameter_groups()
+        device = groups.embedding.device
         self.schedule = torch.zeros((), device=device)
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        shapes, vectors = collections.defaultdict(list), []
-        for name, p in model.blocks.named_parameters():
-            if name.endswith("weight") and p.dim() >= 2:
-                shapes[tuple(sorted(p.shape[-2:]))].append(p)
-            else:
-                vectors.append(p)
-        if model.leave.project is not None:
-            shapes[tuple(sorted(model.leave.project.weight.shape))].append(model.leave.project.weight)
+        self.dtype = compute_dtype(device)
+        shapes = collections.defaultdict(list)
+        for p in groups.matrices:
+            shapes[tuple(sorted(p.shape[-2:]))].append(p)
         self.muon = [MuonGroup(params, MUON_LR * lr_factor) for params in shapes.values()]
-        groups = [([model.enter.embedding], EMBED_LR * (768 / model.enter.embedding.size(1)) ** 0.5)]
-        if model.leave.head is not None:
-            groups.append(([model.leave.head], HEAD_LR * (768 / model.leave.head.size(1)) ** 0.5))
-        if vectors:
-            groups.append((vectors, VECTOR_LR))
+        rates = [([groups.embedding], EMBED_LR * (768 / groups.embedding.size(1)) ** 0.5)]
+        if groups.head is not None:
+            rates.append(([groups.head], HEAD_LR * (768 / groups.head.size(1)) ** 0.5))
+        if groups.vectors:
+            rates.append((groups.vectors, VECTOR_LR))
         self.adamw = torch.optim.AdamW(
-            [dict(params=params, lr=torch.zeros((), device=device), base=lr * lr_factor) for params, lr in groups],
+            [dict(params=params, lr=torch.zeros((), device=device), base=lr * lr_factor) for params, lr in rates],
             betas=ADAM_BETAS,
             eps=ADAM_EPS,
             weight_decay=0.0,
@@ -318,162 +394,81 @@ def schedule_at(fraction: float) -> float:
     return min(1.0, 2 * (1 - fraction))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Compiling. Each gene is compiled by itself, by what it is made of, so genes that were seen before cost nothing. While
-# another process trains, nothing may run on the GPU: then `compile_only` stops each function once it is compiled.
-
-COMPILED: dict[tuple, Callable | str] = {}  # what a part is made of: its compiled function, or why there is none
-compile_only = False
-
-
-NOT_CAPTURED = "not captured"  # in the note of a result whose step could not become a CUDA graph
-
-
-class OnlyCompiled(Exception):
-    """Raised in the place of running what was just compiled."""
-
-
-def inductor(graph, inputs, tune: bool):
-    """torch.compile's own backend, forward and backward at once, but with a stop before it runs.
-
-    Each kernel comes in one form, chosen by rule: trying several on the device would hold it for half a second a gene.
-    With `tune` reductions are tried all the same; the rule is bad for the norms of short heads.
-    """
-    from torch._functorch import config
-    from torch._inductor.compile_fx import compile_fx
-
-    by_rule = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": not tune}
-    with config.patch(force_non_lazy_backward_lowering=True):
-        run = compile_fx(graph, inputs, config_patches=by_rule)
-
-    def run_unless_compile_only(*args):
-        if compile_only:
-            raise OnlyCompiled
-        return run(*args)
-
-    return run_unless_compile_only
-
-
-def call(part, *args):
-    return type(part).forward(part, *args)
-
-
-def compile_part(part: torch.nn.Module, key: tuple, inputs: list) -> str:
-    """Let part.forward run compiled; returns why it cannot, or an empty string. No kernel runs."""
-    global compile_only
-    if key not in COMPILED:
-        # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
-        function = types.FunctionType(call.__code__.replace(co_name=key[0]), globals())
-        backend = functools.partial(inductor, tune=isinstance(part, Block) and part.op.tuned)
-        COMPILED[key] = torch.compile(function, backend=backend, dynamic=False)
-        compile_only = True
-        try:
-            COMPILED[key](part, *inputs)
-        except OnlyCompiled:
-            pass
-        except (torch.OutOfMemoryError, OSError):  # of the machine, not of the op: try again another time
-            del COMPILED[key]
-            raise
-        except Exception as error:  # whatever the compiler says of an op: the op still trains, slower
-            COMPILED[key] = f"{type(error).__name__}: {str(error)[:200]}"
-        finally:
-            compile_only = False
-    function = COMPILED[key]
-    if isinstance(function, str):
-        return function
-    part.forward = lambda *args: function(part, *args)
-    return ""
-
-
-def compile_model(model: Model, rows: int, seq_len: int) -> str:
-    """Compile every part of a model for batches of (rows, seq_len); returns which parts run eagerly, for the record."""
-    genome, device = model.genome, model.enter.embedding.device
-    vocab_size, embed_dim = model.enter.embedding.shape
-    idx = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
-
-    def stream(width):  # memory alone, its values are never read
-        return torch.empty(rows, seq_len, width, dtype=model.enter.dtype, device=device, requires_grad=True)
-
-    eager = []
-    shape = (rows, seq_len, vocab_size)
-    compile_part(model.enter, ("enter", embed_dim, *shape), [idx])
-    for node, block in zip(genome.network, model.blocks, strict=True):
-        if not OPS[node.gene.op].compiles:
-            eager.append(node.gene.op)
-            continue
-        x, around = stream(node.d_in), node.skip == node.source  # a residual reads one tensor twice
-        skip = None if node.skip is None else x if around else stream(node.d_skip)
-        reason = compile_part(block, (node.gene.op, node.gene.bare, node.d_in, node.d_skip, around, *shape), [x, skip])
-        if reason:
-            eager.append(f"{node.gene.op} ({reason})")
-    embedding = model.enter.embedding if genome.tied else None
-    key = ("leave", genome.d_out, genome.tied and embed_dim, *shape)
-    compile_part(model.leave, key, [stream(genome.d_out), embedding, idx])
-    return "eager: " + ", ".join(sorted(set(eager))) if eager else ""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A trial: one genome, trained for its budget and scored.
-
-
-def tenth_before_hurdle(settings: "Settings") -> int:
-    """The point of the loss curve that the hurdle looks at."""
-    return round(settings.hurdle_at * CURVE) - 1
-
-
 def check_network(genome: Genome, seed: int) -> str:
     """Return leak where a later token or another row of the batch changes the logits, dead where no token does, or "".
 
-    Runs the network with a small vocabulary on the CPU, where causality holds to the bit, with noise on every weight
-    so that nothing hides behind a zero.
+    Runs the network with a small vocabulary on the CPU, where causality holds to the bit, with noise on all weights
+    so that nothing hides behind a zero. It sees 150 tokens; `Trial.sees_the_future` sees as many as training.
     """
     torch.manual_seed(seed)
     vocab_size, T = 64, 150
     model = Model(genome, vocab_size)
     idx = torch.randint(vocab_size, (2, T))
     anywhere = int(torch.randint(2, T, ()))
+
+    def logits(idx):
+        torch.manual_seed(seed)  # an op that draws random numbers draws the same ones each time
+        return model(idx)
+
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-        before = model(idx)
-        for row, t in ((0, 1), (1, 64), (0, 100), (1, T - 1), (0, anywhere)):
+        changes = [(row, t, torch.randint(1, vocab_size, (T - t,))) for row, t in
+                   ((0, 1), (1, 64), (0, 100), (1, T - 1), (0, anywhere))]  # fmt: skip
+        before = logits(idx)
+        for row, t, change in changes:
             changed = idx.clone()
-            changed[row, t:] = (changed[row, t:] + 1 + torch.randint(vocab_size - 1, (T - t,))) % vocab_size
-            after = model(changed)
+            changed[row, t:] = (changed[row, t:] + change) % vocab_size
+            after = logits(changed)
             if not torch.equal(before[row, :t], after[row, :t]) or not torch.equal(before[1 - row], after[1 - row]):
-                return "leak" if before.isfinite().all() else "nan"
+                return "leak" if before.isfinite().all() else "diverged"
             if t == 1 and torch.equal(before[row, t:], after[row, t:]):
                 return "dead"
     return ""
 
 
-class DeviceData:
-    """The tokens of a data set on a device, moved there once per process."""
+@dataclass
+class Stopwatch:
+    """When the steps of a training end, in seconds since it began."""
 
-    def __init__(self, data: prepare.Dataset, device: torch.device):
-        torch.set_float32_matmul_precision("high")
-        self.device, self.vocab_size = device, data.vocab_size
-        self.train, self.val, self.test = (prepare.to_device(t, device) for t in (data.train, data.val, data.test))
-        self.token_bytes = data.token_bytes
-        # one stream for every capture: cuBLAS keeps a workspace for each stream that it ever saw
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+    pace: float = 0.0  # of the last step
+    done_at: float = 0.0
+    steps: list[float] = field(default_factory=list)
+
+    def lap(self, now: float):
+        self.pace, self.done_at = now - self.done_at, now
+        self.steps.append(self.pace)
+
+    def stood_still(self, budget: float) -> bool:
+        """Whether the last step took over 20 times what a step takes, and more than a twentieth of the budget.
+
+        The process was suspended, or the GPU busy with something else: the model had fewer seconds than it was given.
+        """
+        before = self.steps[-21:-1]
+        return bool(before) and self.pace > max(20 * statistics.median(before), budget / 20)
 
 
 class Trial:
-    """A genome built and compiled, ready to train with `rows` windows at once; on the device is its memory alone."""
+    """A genome built and compiled, ready to train with `rows` windows at once.
 
-    def __init__(self, task: Task, data: DeviceData, settings: "Settings", rows: int):
+    Until `run` it only takes up memory on the device and computes nothing there: it may be built while another process
+    trains.
+    """
+
+    def __init__(self, task: Task, data: prepare.Dataset, settings: "Settings", rows: int):
         self.task, self.data, self.settings, self.rows = task, data, settings, rows
         self.micro_steps = settings.batch_tokens // settings.seq_len // rows
-        self.on_gpu = data.device.type == "cuda"
+        device = data.train.device
+        self.on_gpu = device.type == "cuda"
+        torch.set_float32_matmul_precision("high")
         torch.manual_seed(task.seed)  # on the CPU, so that every machine begins with the same weights
-        dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.model = Model(task.genome, data.vocab_size, dtype).to(data.device)
-        self.batches = prepare.Batches(data.train, settings.seq_len, task.seed, data.device)
+        self.model = Model(task.genome, data.vocab_size, compute_dtype(device)).to(device)
+        self.batches = prepare.Batches(data.train, settings.seq_len, task.seed)
         self.optimizer = Optimizer(self.model, task.genome.lr_factor)
-        self.window = torch.zeros((), dtype=torch.int64, device=data.device)  # the first of the next batch
-        self.loss = torch.zeros((), device=data.device)  # of the last step, nats per token
-        self.note = compile_model(self.model, rows, settings.seq_len) if self.on_gpu else ""
+        self.window = torch.zeros((), dtype=torch.int64, device=device)  # the first of the next batch
+        self.loss = torch.zeros((), device=device)  # of the last step, nats per token
+        note = self.model.compile(rows, settings.seq_len) if self.on_gpu else ""
+        self.result = Result.of(task, params=sum(p.numel() for p in self.model.parameters()), rows=rows, note=note)
 
     def token_losses(self, idx, targets):
         return self.model(idx, targets, reduction="none")  # (rows, T) nats
@@ -490,7 +485,7 @@ class Trial:
 
     def capture(self) -> Callable[[], None]:
         """The step as one CUDA graph, or as it is where it cannot be captured. Leaves the model as it was."""
-        stream = self.data.stream
+        stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -498,6 +493,7 @@ class Trial:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         step = graph.replay
+        self.result.captured = True
         try:
             with torch.cuda.graph(graph, stream=stream):
                 self.step()
@@ -507,17 +503,22 @@ class Trial:
             torch.cuda.synchronize()
             for p in self.model.parameters():
                 p.grad = None
-            reason = str(error.__context__ or error).splitlines()[0]
-            step, self.note = self.step, f"{self.note} {NOT_CAPTURED}: {reason}".strip()
+            step, self.result.captured = self.step, False
+            self.add_note(f"not captured: {first_line(error.__context__ or error)}")
         self.optimizer.reset()
         self.window.zero_()
         return step
 
-    def train(self, step: Callable[[], None]) -> dict:
-        """Train for the budget. The clock covers this alone, and stops about one step late at most."""
-        s, task = self.settings, self.task
-        factor = s.final_factor if task.final else 1.0
-        seconds, tokens = s.time_budget * factor, s.token_budget * factor
+    def add_note(self, note: str):
+        self.result.note = f"{self.result.note} {note}".strip()
+
+    def train(self, step: Callable[[], None]):
+        """Train for the budget. The clock covers this alone, and stops about one step late at most.
+
+        On a GPU one step is launched ahead of the one that is waited for, so that the device never waits for Python.
+        """
+        s, task, result = self.settings, self.task, self.result
+        seconds, tokens = s.time_budget * task.budget, s.token_budget * task.budget
         diverged = math.log(self.data.vocab_size) + 1
         before_hurdle = tenth_before_hurdle(s)
         losses: list[list[float]] = [[] for _ in range(CURVE)]
@@ -525,12 +526,12 @@ class Trial:
         host = torch.zeros(2, pin_memory=self.on_gpu)
         ends = [torch.cuda.Event(), torch.cuda.Event()] if self.on_gpu else None
         flying: collections.deque = collections.deque()  # the tenth of the budget that each unfinished step belongs to
-        status, hurdle, done, pace, done_at = "ok", "", 0, 0.0, 0.0
+        watch, done = Stopwatch(), 0
         self.synchronize()
         start = time.perf_counter()
-        while status == "ok":
+        while result.status == "ok":
             launched = done + len(flying)
-            begins = done_at + pace * len(flying)  # when this step will begin on the device
+            begins = watch.done_at + watch.pace * len(flying)  # when this step will begin on the device
             fraction = launched * s.batch_tokens / tokens if tokens else begins / seconds
             if fraction < 1:
                 self.optimizer.schedule.fill_(schedule_at(fraction))
@@ -545,113 +546,180 @@ class Trial:
                 continue  # the next step is launched before this one is waited for
             if self.on_gpu:
                 ends[done % 2].synchronize()
-            now = time.perf_counter() - start
-            pace, done_at = now - done_at, now
+            watch.lap(time.perf_counter() - start)
             loss = host[done % 2].item()
             tenth, done = flying.popleft(), done + 1
             losses[tenth].append(loss)
             recent.append(loss)
             if not math.isfinite(loss) or (len(recent) == 50 and statistics.fmean(recent) > diverged):
-                status = "nan"
-            if not hurdle and task.hurdle is not None and tenth > before_hurdle and losses[before_hurdle]:
+                result.status = "diverged"
+            if not tokens and watch.stood_still(seconds):
+                result.status = "stalled"
+                self.add_note(f"nothing happened for {watch.pace:.1f} s of {seconds:g} s")
+            if not result.hurdle and task.hurdle is not None and tenth > before_hurdle and losses[before_hurdle]:
                 missed = statistics.fmean(losses[before_hurdle]) > task.hurdle
-                hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
-                status = "stopped" if hurdle == "stopped" else status
+                result.hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
+                result.status = "stopped" if result.hurdle == "stopped" else result.status
         self.synchronize()
         elapsed = time.perf_counter() - start
-        curve = ",".join(f"{statistics.fmean(tenth):.4f}" if tenth else "nan" for tenth in losses)
-        trained = (done + len(flying)) * s.batch_tokens
-        return dict(
-            status=status,
-            hurdle=hurdle,
-            losses=curve,
-            seconds=round(elapsed, 3),
-            tokens=trained,
-            tokens_per_s=round(trained / elapsed),
-        )
+        result.losses = ",".join(f"{statistics.fmean(tenth):.4f}" if tenth else "nan" for tenth in losses)
+        result.tokens = (done + len(flying)) * s.batch_tokens
+        result.seconds, result.tokens_per_s = round(elapsed, 3), round(result.tokens / elapsed)
 
     def synchronize(self):
         if self.on_gpu:
             torch.cuda.synchronize()
 
+    def scored_losses(self, idx, targets):
+        """The losses for scoring. On a GPU by the forward that was compiled for training, which wants gradients on."""
+        with torch.set_grad_enabled(self.on_gpu):
+            return self.token_losses(idx, targets).detach()
+
     def score(self, tokens) -> float:
         """Bits per byte on a split."""
-
-        def token_losses(idx, targets):
-            with torch.set_grad_enabled(self.on_gpu):  # there the forward that was compiled for training serves
-                return self.token_losses(idx, targets).detach()
-
         s = self.settings
-        sizes = dict(seq_len=s.seq_len, rows=self.rows, device=self.data.device, max_tokens=s.eval_tokens)
-        return prepare.bits_per_byte(token_losses, tokens, self.data.token_bytes, **sizes)
+        sizes = dict(seq_len=s.seq_len, rows=self.rows, max_tokens=s.eval_tokens)
+        return prepare.bits_per_byte(self.scored_losses, tokens, self.data.token_bytes, **sizes)
 
-    def run(self) -> dict:
-        """Train and score; the values of the result."""
-        entered = time.perf_counter()
-        values = dict(params=sum(p.numel() for p in self.model.parameters()))
+    def sees_the_future(self) -> bool:
+        """Whether what was trained predicts otherwise when later tokens are replaced, at the length that was trained.
+
+        Each window has a cut of its own. A pass in which nothing is replaced says what the device's rounding does, and
+        the random numbers of all passes are the same. Routing near a tie may jump in single places; a leak shows in
+        more than one in a hundred.
+        """
+        s, val = self.settings, self.data.val
+        random_tokens = torch.Generator().manual_seed(self.task.seed)
+        noise, change = [], []
+        n_batches = -(-8 // self.rows)
+        windows = min(n_batches * self.rows, prepare.window_count(val, s.seq_len))
+        batches = prepare.Batches(val, s.seq_len, self.task.seed)
+        position = torch.arange(s.seq_len, device=val.device)
+        for first in range(0, windows, self.rows):
+            idx, targets = batches(torch.tensor(first, device=val.device), self.rows)
+            place = 1 + torch.arange(first, first + self.rows, device=val.device)
+            cut = (place * s.seq_len // (windows + self.rows)).clamp(1, s.seq_len - 1)[:, None]
+            other = torch.randint(self.data.vocab_size, idx.shape, generator=random_tokens).to(idx.device)
+            before = position < cut
+            passes = []
+            for seen in (idx, idx, torch.where(before, idx, other)):
+                torch.manual_seed(self.task.seed)
+                passes.append(self.scored_losses(seen, targets).float()[before])
+            noise.append((passes[1] - passes[0]).abs())
+            change.append((passes[2] - passes[0]).abs())
+        rounding = 0.02 if self.on_gpu else 1e-4  # nats: of bfloat16 and of float32 on matrix units, and of float32
+        limit = rounding + 2 * torch.cat(noise).max()
+        return (torch.cat(change) > limit).float().mean().item() > 0.01
+
+    def run(self):
+        """Train and score; fills in the result."""
+        entered, result = time.perf_counter(), self.result
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        values |= self.train(self.capture() if self.on_gpu else self.step)
-        if values["status"] == "ok":
-            scores = {"val_bpb": self.score(self.data.val)}
-            if self.task.final:
-                scores["test_bpb"] = self.score(self.data.test)
-            values |= scores if all(map(math.isfinite, scores.values())) else dict(status="nan")
+        self.train(self.capture() if self.on_gpu else self.step)
+        if result.status == "ok" and self.sees_the_future():
+            result.status = "leak"
+        if result.status == "ok":
+            result.val_bpb = self.score(self.data.val)
+            result.test_bpb = self.score(self.data.test) if self.task.test else None
+            if not all(math.isfinite(score) for score in (result.val_bpb, result.test_bpb or 0.0)):
+                result.status, result.val_bpb, result.test_bpb = "diverged", None, None
         if self.on_gpu:
-            values["memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
-        return values | dict(note=self.note, outside=round(time.perf_counter() - entered - values["seconds"], 3))
+            result.memory_mb = torch.cuda.max_memory_allocated() // 2**20
+        result.outside = round(time.perf_counter() - entered - result.seconds, 3)
+        result.finished = now()
 
 
-def run_trial(task: Task, data: DeviceData, settings: "Settings", wait_for_turn: Callable[[], None] = lambda: None):
-    """Build, train and score a genome; returns its Trial and the values of its result.
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """One stream for every capture of a process: cuBLAS keeps a workspace for each stream that it ever saw."""
+    return torch.cuda.Stream()
 
-    Out of memory halves the rows that are treated at once (the tokens of a step stay), down to one, and then becomes
-    the status oom, with None for the Trial.
+
+def tenth_before_hurdle(settings: "Settings") -> int:
+    """The point of the loss curve that the hurdle looks at."""
+    return round(settings.hurdle_at * CURVE) - 1
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device had no memory left; cuBLAS says so in an exception of its own kind."""
+    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+
+
+class Turn:
+    """Having a device to oneself: entered once a genome is built and compiled, before anything is computed there.
+
+    This one costs nothing and waits for nobody; `GpuTurn` is the one that does.
     """
-    rows, turn, note = settings.batch_tokens // settings.seq_len, False, ""
-    while True:
-        trial = None
-        try:
-            trial = Trial(task, data, settings, rows)
-            if not turn:
-                wait_for_turn()
-                turn = True
-            values = trial.run()
-            return trial, {**values, "note": f"{note} {values['note']}".strip()}
-        except torch.OutOfMemoryError as error:
-            if turn and rows == 1:
-                return None, dict(status="oom", note=str(error).splitlines()[0][:200])
-        del trial  # what failed makes room for what is tried next
-        free_memory(data.device)
-        if not turn:  # the one in training may have held the memory: again, alone, with as many rows
-            wait_for_turn()
-            turn = True
-            continue
-        rows = fewer(rows)
-        note = f"{rows} rows at once"
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+    def make_room(self):
+        """Have those who wait give back the memory that they hold on the device."""
 
 
-def evaluate(
-    task: Task, data: DeviceData, settings: "Settings", wait_for_turn: Callable[[], None] = lambda: None
-) -> Result:
-    """Train and score one genome: a pure function of its arguments, but for time. Leaves nothing on the device.
+def run_trial(task: Task, data: prepare.Dataset, settings: "Settings", turn: Turn) -> tuple[Result, Model | None]:
+    """Check, build, train and score a genome; returns its result and the trained model, None where there is none.
 
-    Calls wait_for_turn once it is built and compiled, before it computes on the device.
+    Where memory is short, whoever else holds some is the reason until shown otherwise: it is tried again in its turn,
+    then when those who wait have made room, and only then with half as many rows at once (the tokens of a step stay),
+    down to one. Then it is the status oom.
     """
-    held = torch.cuda.memory_allocated() // 2**20 if data.device.type == "cuda" else 0
+    held = torch.cuda.memory_allocated() // 2**20 if data.train.is_cuda else None
     problem = check_network(task.genome, task.seed)
     if problem:
-        return result_of(task, problem, params=task.genome.num_params(data.vocab_size))
-    trial, values = run_trial(task, data, settings, wait_for_turn)
-    del trial
-    free_memory(data.device)
-    return result_of(task, **values, held_mb=held)
+        return Result.of(task, problem, params=task.genome.num_params(data.vocab_size)), None
+    all_rows = rows = settings.batch_tokens // settings.seq_len
+    has_turn = has_room = False
+    with contextlib.ExitStack() as stack:
+        while True:
+            trial = None
+            try:
+                trial = Trial(task, data, settings, rows)
+                trial.result.held_mb = held
+                if not has_turn:
+                    stack.enter_context(turn)
+                    has_turn = True
+                if rows < all_rows:
+                    trial.add_note(f"memory for {rows} rows at once, not {all_rows}")
+                trial.run()
+                return trial.result, trial.model
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if has_room and rows == 1:
+                    return Result.of(task, "oom", rows=1, note=first_line(error), held_mb=held), None
+            trial = None  # what failed makes room for what is tried next
+            free_memory()
+            if not has_turn:
+                stack.enter_context(turn)
+                has_turn = True
+            elif not has_room:
+                turn.make_room()
+                has_room = True
+            else:
+                rows = fewer(rows)
 
 
-def free_memory(device: torch.device):
+def evaluate(task: Task, data: prepare.Dataset, settings: "Settings", turn: Turn) -> Result:
+    """Train and score one genome: a pure function of its arguments, but for time. Leaves nothing on the device."""
+    result = run_trial(task, data, settings, turn)[0]
+    free_memory()
+    return result
+
+
+def free_memory():
     """Give back what nobody holds any more; compiled modules hold themselves, in cycles."""
     gc.collect()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
@@ -661,93 +729,199 @@ def fewer(rows: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Workers: processes that evaluate, and are replaced when they die or hang.
+# The pool: processes that evaluate tasks on ONE device. One trains, the others compile what comes next.
+#
+# The kernel keeps order. A lock on a file that all programs of this machine share is the turn of a GPU, an alarm ends a
+# worker that hangs (but not while it waits for its turn), and a process that dies frees the lock.
+
+START_METHOD = "spawn"  # of workers: a fresh process has no state of its parent's
+HOLDER_BYTES = 300  # of the file that is a turn: who has it
+PATIENCE = 10.0  # seconds until who waits for a GPU says for whom
+TRAINS_MB, WAITS_MB = 3_000, 1_500  # on a card: of a model that trains; of a process that waits, without its tokens
+ENDED_BY_ALARM = -signal.SIGALRM  # the exit code of a worker that hung
 
 
-def worker(pipe, device: str, folder: Path, settings: "Settings", workers: int):
-    """Evaluate tasks that come through the pipe: send "ready" when compiled, train when told to, send the result."""
+def turn_file(device: torch.device) -> Path | None:
+    """The file whose lock is the turn of a GPU, the same for every user and container-free process; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    return Path("/tmp") / f"genesis-{torch.cuda.get_device_properties(device).uuid}.lock"
+
+
+def open_shared(path: Path) -> int:
+    """Open a file that every user may lock, and make it where there is none."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(FileExistsError):
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        os.fchmod(fd, 0o666)  # whatever the umask says
+        return fd
+    return os.open(path, flags)
+
+
+class GpuTurn(Turn):
+    """The turn of a GPU, among all runs of this program on the machine.
+
+    path: the file whose lock it is; None where there is nobody to wait for. who: for what run, in words. tell: is told
+    for whom we wait, after PATIENCE.
+    """
+
+    def __init__(self, path: Path | None, who: str, tell: Callable[[str], None]):
+        self.path, self.tell, self.fd = path, tell, None
+        self.who = os.fsencode(who)[:HOLDER_BYTES].ljust(HOLDER_BYTES)  # of one length: others read it at any time
+
+    def __enter__(self):
+        if self.path is None:
+            return
+        try:
+            self.fd = open_shared(self.path)
+            self.wait()
+        except OSError as error:
+            self.tell(
+                f"{self.path} cannot be locked ({error.strerror}): another run on this GPU would spoil both clocks"
+            )
+            return
+        os.pwrite(self.fd, self.who, 0)
+
+    def wait(self):
+        begun, known = time.monotonic(), {b"", self.who}
+        while True:
+            try:
+                return fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.005)
+            if time.monotonic() - begun > PATIENCE:
+                holder = os.pread(self.fd, HOLDER_BYTES, 0)
+                if holder not in known:
+                    known.add(holder)
+                    name = holder.decode(errors="replace").strip()
+                    self.tell(f"The GPU is busy with another run, {name!a}: waiting for our turn")
+
+    def __exit__(self, *_):
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class WorkerTurn(GpuTurn):
+    """The turn of a worker, which tells its pool. The alarm that ends it when it hangs is off while it waits."""
+
+    def __init__(self, path: Path | None, who: str, pipe, limit: int):
+        super().__init__(path, who, pipe.send)
+        self.pipe, self.limit = pipe, limit
+
+    def __enter__(self):
+        signal.alarm(0)
+        super().__enter__()
+        self.pipe.send("training")
+        signal.alarm(self.limit)
+
+    def make_room(self):
+        self.pipe.send("make room")
+        self.pipe.recv()
+
+
+def serve(pipe, folder: Path, stamp: tuple, settings: "Settings", device: torch.device, who: str, threads: int):
+    """What a worker does: take tasks from the pool and send results.
+
+    In between it says what it does, ready or training, or that it needs the memory of the others, make room. Other
+    strings are for the user to read, and a Stop ends the run.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even within a call that never returns
+    signal.alarm(settings.deadline)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    if device != "cpu":
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    if device.type != "cpu":
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
         torch.set_num_threads(1)
         torch.cuda.set_device(device)
-    data = DeviceData(prepare.load(folder), torch.device(device))
-    pipe.send("idle")
+    data = prepare.load(folder, stamp=stamp).to(device)
+    if device.type == "cuda" and (problem := compiler_problem(data.vocab_size, device, settings)):
+        pipe.send(Stop(problem))
+        return
+    turn_of = turn_file(device)
+    pipe.send("ready")
     while True:
+        signal.alarm(0)
         task = pipe.recv()
-        if task is None:  # the pool was stopped
+        if task is None:  # the pool is closed
             return
-
-        def wait_for_turn():
-            pipe.send("ready")
-            pipe.recv()
-
+        signal.alarm(settings.deadline)
         try:
-            result = EVALUATE(task, data, settings, wait_for_turn)
-            if NOT_CAPTURED in result.note:  # a failed capture leaves torch's allocator in disorder: start afresh
-                pipe.send((result, ""))
-                return
-            pipe.send(result)
-            gc.freeze()  # what is left, modules and compiled code, stays: gc.collect need not look through it again
-        except Exception:  # a result too: it is recorded, printed, and the process replaced
-            trace = traceback.format_exc()
-            pipe.send((result_of(task, "crash", note=trace.strip().splitlines()[-1][:200]), trace))
-            return
+            turn = WorkerTurn(turn_of, who, pipe, training_limit(task, settings))
+            result = evaluate(task, data, settings, turn)
+        except Exception as error:  # a result too: the pool records it and starts another worker
+            note = f"{type(error).__name__}: {first_line(error)}{place_of(error)}"
+            result = Result.of(task, "crash", note=note, trace=traceback.format_exc())
+        pipe.send(result)
+        gc.freeze()  # what is left, modules and compiled code, stays: gc.collect need not look through it again
 
 
-EVALUATE = evaluate  # what a worker calls; the tests put others here
+def compiler_problem(vocab_size: int, device: torch.device, settings: "Settings") -> str:
+    """Why nothing can be compiled on this machine, or "". Without that a night would pass at a third of the speed."""
+    rows = settings.batch_tokens // settings.seq_len
+    try:
+        model = Model(Genome((Gene("norm"),)), vocab_size, compute_dtype(device)).to(device)
+        reason = model.compile(rows, settings.seq_len)
+    except (torch.OutOfMemoryError, OSError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    return reason and (
+        f"Nothing can be compiled for {torch.cuda.get_device_name(device)} ({reason}). It needs a C compiler, Python's "
+        "headers, and a card that Triton knows (compute capability 7.0 or more): apt install gcc python3-dev"
+    )
+
+
+def place_of(error: BaseException) -> str:
+    """Where in this program's own files an exception came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).parent == Path(__file__).parent]
+    return f" ({Path(ours[-1].filename).name}:{ours[-1].lineno} in {ours[-1].name})" if ours else ""
+
+
+def training_limit(task: Task, settings: "Settings") -> int:
+    """Seconds that training and scoring may take before the worker counts as hung."""
+    if settings.token_budget:
+        return math.ceil(settings.deadline * max(1.0, task.budget))
+    return math.ceil(settings.deadline + 2 * settings.time_budget * task.budget)
 
 
 @dataclass
 class Worker:
+    """A process as the pool sees it."""
+
     process: multiprocessing.Process
     pipe: multiprocessing.connection.Connection
-    device: str
-    state: str = "starting"  # starting, idle, preparing, ready, training
+    state: str = "starting"  # then ready, preparing, training
     task: Task | None = None
-    since: float = field(default_factory=time.monotonic)
-
-    def become(self, state: str):
-        self.state, self.since = state, time.monotonic()
 
 
 class Pool:
-    """Workers on every device. run(tasks) yields a result for each task, in the order in which they finish."""
+    """Workers on one device. run(tasks) yields a result for each task, in the order in which they finish.
 
-    def __init__(self, folder: Path, settings: "Settings"):
-        alike = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == device_name()]
-        gpus = len(alike)
-        self.devices = [f"cuda:{i}" for i in alike] or ["cpu"]
-        cores = os.cpu_count() or 1
-        self.per_device = (settings.workers_per_gpu or max(1, min(8, cores // 2 // gpus))) if gpus else 1
-        self.folder, self.settings = folder, settings
-        self.worked, self.failed_starts = False, 0  # whether any worker ever started; starts that failed in a row
+    A worker that dies is replaced. What it was doing becomes a result, timeout or crash; but where a signal from
+    outside ended it (an impatient user, the machine out of memory), or its training stood still, it is tried once more.
+    """
+
+    def __init__(self, data: prepare.Dataset, settings: "Settings", device: torch.device, out: Path):
+        self.data, self.settings, self.device = data, settings, device
+        self.who = f"process {os.getpid()} for {out.resolve()}"
         self.context = multiprocessing.get_context(START_METHOD)
+        self.size = worker_count(settings, data, device)  # workers that there should be
+        self.alone: Worker | None = None  # the one that needs all memory of the device
+        self.worked, self.failed_starts = False, 0  # whether a worker ever was ready; starts that failed in a row
         # Trackers, ours and those of workers, free the semaphores of killed processes; their warning helps nobody.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-        self.workers = [self.start(d) for _ in range(self.per_device) for d in self.devices]
+        self.workers = [self.start() for _ in range(self.size)]
 
-    def start(self, device: str) -> Worker:
-        ours, theirs = self.context.Pipe()
-        workers = self.per_device * len(self.devices)
-        args = (theirs, device, self.folder, self.settings, workers)
-        process = self.context.Process(target=worker, args=args, daemon=True)
-        multiprocessing.resource_tracker.ensure_running()  # now, as its start unblocks what is blocked
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits that: Ctrl-C is ours alone
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        theirs.close()
-        return Worker(process, ours, device)
+    def __enter__(self) -> "Pool":
+        return self
 
-    def stop(self):
+    def __exit__(self, *_):
         for w in self.workers:
-            if w.state == "idle":
+            if w.state == "ready":
                 with contextlib.suppress(OSError):
                     w.pipe.send(None)  # it ends by itself, and leaves nothing behind
             else:
@@ -758,297 +932,488 @@ class Pool:
             w.process.kill()
             w.process.join()
 
-    def limit(self, w: Worker) -> float:
-        """Seconds that a worker may stay in its state."""
-        s = self.settings
-        if w.state in ("idle", "ready"):
-            return math.inf
-        if w.state == "training" and not s.token_budget:
-            return s.deadline + 2 * s.time_budget * (s.final_factor if w.task.final else 1)
-        return s.deadline * (max(1, s.final_factor) if w.task and w.task.final else 1)
-
-    def replace(self, w: Worker, status: str, note: str) -> Result | None:
-        """Kill a worker, start another, and turn what it was doing, if anything, into a result."""
-        w.process.kill()
-        w.process.join(30)
-        self.failed_starts += w.state == "starting"
-        if w.state == "starting" and (not self.worked or self.failed_starts == 3):
-            self.stop()
-            raise Stop(f"A worker on {w.device} could not start ({note}); what it printed stands above")
-        self.workers[self.workers.index(w)] = self.start(w.device)
-        return None if w.state in ("starting", "idle") else result_of(w.task, status, note=note)
+    def start(self) -> Worker:
+        """Start a worker. Raises PrepareError where the data are not those that the run began with."""
+        prepare.load(self.data.folder, stamp=self.data.stamp)
+        ours, theirs = self.context.Pipe()
+        threads = max(1, cpu_cores() // self.size)
+        args = (theirs, self.data.folder, self.data.stamp, self.settings, self.device, self.who, threads)
+        process = self.context.Process(target=serve, args=args, daemon=True)
+        multiprocessing.resource_tracker.ensure_running()  # now, as its start unblocks what is blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits that: Ctrl-C is ours alone
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
+        return Worker(process, ours)
 
     def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
-        queue, expected = collections.deque(tasks), len(tasks)
+        """Yield the results of tasks; calls tick twice a second or more. Raises Stop where no worker can start."""
+        queue, expected, tried, told = collections.deque(tasks), len(tasks), set(), set()
         while expected:
+            while self.alone is None and len(self.workers) < self.size:
+                self.workers.append(self.start())
             for w in self.workers:
-                if w.state == "idle" and queue and w.process.is_alive():
-                    w.task = queue.popleft()
-                    w.become("preparing")
+                if w.state == "ready" and queue and self.alone is None:
+                    w.task, w.state = queue.popleft(), "preparing"
                     with contextlib.suppress(OSError):  # a dead worker is found below
                         w.pipe.send(w.task)
-            for device in self.devices:
-                here = [w for w in self.workers if w.device == device]
-                ready = [w for w in here if w.state == "ready"]
-                if ready and not any(w.state == "training" for w in here):
-                    first = min(ready, key=lambda w: tasks.index(w.task))
-                    first.become("training")
-                    with contextlib.suppress(OSError):
-                        first.pipe.send("go")
             readable = multiprocessing.connection.wait([w.pipe for w in self.workers], timeout=0.5)
             tick()
-            for w in list(self.workers):
-                result = None
-                if w.pipe in readable:
-                    try:
-                        message = w.pipe.recv()
-                    except (EOFError, OSError):
-                        w.process.join(5)
-                        result = self.replace(w, "crash", f"the worker ended with exit code {w.process.exitcode}")
-                    else:
-                        if isinstance(message, str):
-                            w.become(message)
-                            if message == "idle":
-                                self.worked, self.failed_starts = True, 0
-                        elif isinstance(message, Result):
-                            result = message
-                            w.become("idle")
-                        else:
-                            result, trace = message
-                            if trace:
-                                tqdm.write(trace, file=sys.stderr)
-                            self.replace(w, "crash", "")
-                elif time.monotonic() - w.since > self.limit(w):
-                    result = self.replace(w, "timeout", f"{w.state} took over {self.limit(w):.0f} s")
-                if result is not None:
-                    expected -= 1
-                    yield result
+            for w in [w for w in self.workers if w.pipe in readable]:
+                try:
+                    message = w.pipe.recv()
+                except (EOFError, OSError):
+                    message = self.epitaph(w)
+                if isinstance(message, Stop):
+                    raise message
+                if message == "make room":
+                    queue.extendleft(self.make_room(w))
+                    break  # the others are gone
+                if isinstance(message, str):
+                    if message in ("ready", "training"):
+                        w.state, self.worked, self.failed_starts = message, True, 0
+                    elif message not in told:
+                        told.add(message)
+                        say(message)
+                    continue
+                task, w.state, w.task = w.task, "ready", None
+                if message is None or message.status in ("crash", "timeout") or message.captured is False:
+                    self.end(w)  # a failed capture, too, leaves torch's allocator in disorder
+                if w is self.alone:
+                    self.alone = None
+                if task is None:
+                    continue
+                if (message is None or message.status == "stalled") and task not in tried:
+                    tried.add(task)
+                    queue.appendleft(task)
+                    why = "its worker was killed" if message is None else message.note
+                    say(f"{task.id}: {why}; trying once more")
+                    continue
+                expected -= 1
+                yield message or Result.of(task, "crash", note="the worker was killed, twice")
+
+    def epitaph(self, w: Worker) -> Result | None:
+        """What a worker that died was doing, as a result; None where a signal from outside ended it, or it was idle."""
+        w.process.join(5)
+        code = w.process.exitcode
+        if w.state == "starting":
+            self.failed_starts += 1
+            why = f"A worker could not start (exit code {code}); what it printed stands above"
+            if not self.worked or self.failed_starts == 3:  # done without, where others work
+                self.size -= 1
+                if not self.size:
+                    raise Stop(why)
+                say(f"{why}. Going on with {self.size}")
+        if w.task is None or (code is not None and code < 0 and code != ENDED_BY_ALARM):
+            return None
+        if code != ENDED_BY_ALARM:
+            return Result.of(w.task, "crash", note=f"the worker ended with exit code {code}")
+        seconds = training_limit(w.task, self.settings) if w.state == "training" else self.settings.deadline
+        return Result.of(w.task, "timeout", note=f"{w.state} took over {seconds} s")
+
+    def make_room(self, w: Worker) -> list[Task]:
+        """End all workers but one, and have fewer from now on; returns what they were doing."""
+        others = [other for other in self.workers if other is not w]
+        for other in others:
+            self.end(other)
+        if others:
+            self.size = max(1, self.size // 2)
+            say(f"{w.task.id}: memory is short; {len(others)} that wait gave theirs back, {self.size} from now on")
+        self.alone = w
+        with contextlib.suppress(OSError):
+            w.pipe.send("there is room")
+        return [other.task for other in others if other.task]
+
+    def end(self, w: Worker):
+        w.process.kill()
+        w.process.join(30)
+        self.workers.remove(w)
 
 
-START_METHOD = "spawn"  # of workers: a fresh process has no state of its parent's
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_mb(device: torch.device) -> int:
+    """MiB that are free on a card. Asking CUDA would take up some hundred of them in this process."""
+    card = torch.cuda.get_device_properties(device)
+    command = ["nvidia-smi", f"--id=GPU-{card.uuid}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return card.total_memory // 2**20
+
+
+def worker_count(settings: "Settings", data: prepare.Dataset, device: torch.device) -> int:
+    """As many as WORKERS says, or as the card's free memory and half the cores carry, up to 8; one on the CPU."""
+    if device.type == "cpu":
+        return 1
+    waiting = WAITS_MB + 2 * sum(len(tokens) for tokens in (data.train, data.val, data.test)) // 2**20
+    free = free_mb(device)
+    carried = max(1, (free - TRAINS_MB) // waiting)
+    n = settings.workers or max(1, min(8, cpu_cores() // 2, carried))
+    say(f"{n} workers: one trains, the others compile ({cpu_cores()} cores; {free:,} MiB free for {carried} of them)")
+    return n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The record: results.tsv. The first line says what run it is, the second names the columns, then a line per evaluation.
 
-COLUMNS = [f.name for f in dataclasses.fields(Result)]
-TYPES = {f.name: f.type for f in dataclasses.fields(Result)}
+COLUMNS = {f.name: (typing.get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(Result) if f.name != "trace"}
+STATUSES = ("ok", "diverged", "oom", "leak", "dead", "stopped", "stalled", "timeout", "crash")
 
 
 def to_line(result: Result) -> str:
     values = (getattr(result, name) for name in COLUMNS)
     texts = ("" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values)
-    return "\t".join(re.sub(r"[\t\r\n]+", " ", text) for text in texts) + "\n"
+    # a tab or the end of a line would end the cell; a number sign, to many readers of such files, begins a comment
+    return "\t".join(re.sub(r"[\t\r\n]+", " ", text).replace("#", "") for text in texts) + "\n"
 
 
-def from_line(line: str) -> Result:
-    values = dict(zip(COLUMNS, line.rstrip("\n").split("\t"), strict=True))
-    for name, text in values.items():
-        kind = TYPES[name]
-        if kind is not str:
-            values[name] = None if text == "" else int(text) if kind is int else float(text)
+def from_cells(cells: dict[str, str]) -> Result:
+    """A row from the texts of its cells; those of columns that it lacks take their defaults. Raises ValueError."""
+    values = {}
+    for name in COLUMNS.keys() & cells.keys():
+        kind, text = COLUMNS[name], cells[name]
+        if kind is not str and text == "":
+            values[name] = None
+        elif kind is bool:
+            values[name] = {"True": True, "False": False}[text]
+        else:
+            values[name] = kind(text)
     return Result(**values)
 
 
-def parse_results(content: bytes) -> tuple[dict, list[Result]]:
-    """What run a results.tsv is of, and its rows. Raises ValueError or TypeError on anything else."""
-    first, names, *lines = content.decode().split("\n")[:-1]
-    run = json.loads(first.removeprefix("# "))
-    if not isinstance(run, dict) or names.split("\t") != COLUMNS:
-        raise ValueError("other columns")
-    return run, [from_line(line) for line in lines]
+def of_today(cells: dict[str, str], header: dict) -> dict[str, str]:
+    """The cells of a row that an earlier version wrote, as they would be written today."""
+    if "stage" in cells:
+        return cells
+    stage = {"entrant": "baseline", "final": "final"}.get(cells["operator"], "search")
+    own = dict(stage=stage, budget="1", tokens_per_s=cells["tokens_per_s"].partition(".")[0])
+    if stage != "search":
+        own |= dict(generation="", operator="", budget=str(header.get("final_factor", 1)) if stage == "final" else "1")
+    if cells["operator"] == "again":
+        own["operator"] = "repeat"
+    if cells["status"] == "nan":
+        own["status"] = "diverged"
+    return {**cells, **own}
 
 
-Controls = dict[tuple[str, str | int], list[Result]]  # ("strategy", "random") or ("seed", 1): the rows of that run
+def read_results(content: bytes) -> tuple[dict, list[str], list[Result]]:
+    """The header of a results.tsv, its columns, and its rows; those of earlier versions too.
 
-
-def find_controls(out: Path, run: dict) -> Controls:
-    """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, of each the last by name."""
-    found = {}
-    for path in sorted(out.glob("runs/*/results.tsv")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            other, rows = parse_results(path.read_bytes())
-            differs = [key for key in {**run, **other} if other.get(key) != run.get(key)]
-            if differs in (["strategy"], ["seed"]):
-                found[differs[0], other[differs[0]]] = rows
-    return found
-
-
-class Record:
-    """The results.tsv of a folder, locked while it is open. Raises Stop where it cannot be read, written or locked."""
-
-    def __init__(self, out: Path):
-        self.path, self.rows, self.run = out / "results.tsv", [], None
+    Raises ValueError, naming the line, on what no version of this program writes.
+    """
+    try:
+        first, names, *lines = content.decode().replace("\r\n", "\n").split("\n")[:-1]
+        header, columns = json.loads(first.removeprefix("# ")), names.split("\t")
+    except ValueError as error:
+        raise ValueError(f"it does not begin as one ({str(error)[:100]})") from None
+    if not isinstance(header, dict) or not {"id", "operator", "status", "val_bpb", "genome"} <= set(columns):
+        raise ValueError("it has other columns")
+    rows, attempts = [], collections.defaultdict(list)
+    for number, line in enumerate(lines, start=3):
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(out, os.O_RDONLY)
-        except OSError as error:
-            raise Stop(f"Cannot use {out}: {error.strerror}; name another folder with --out") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Stop(f"Another run is at work in {out.resolve()}; wait for it, or use --out DIR") from None
-        self.read()
+            row = from_cells(of_today(dict(zip(columns, line.split("\t"), strict=True)), header))
+            Genome.from_json(row.genome)
+            earlier = attempts[row.evaluation]
+            if row.status not in STATUSES:
+                raise ValueError(f"no status is called {row.status!r}")
+            if (row.status == "ok") != (row.val_bpb is not None and math.isfinite(row.val_bpb)):
+                raise ValueError(f"status {row.status} with a val_bpb of {row.val_bpb}")
+            if len(earlier) > 1 or "ok" in earlier:
+                raise ValueError(f"{row.id} with seed {row.seed} stands there again")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+        earlier.append(row.status)
+        rows.append(row)
+    return header, columns, rows
 
-    def read(self):
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise Stop(f"{self.path} cannot be read ({error.strerror}); move it away, or use --out DIR") from None
-        whole = content[: content.rfind(b"\n") + 1]  # a line torn by a crash or a full disk has no end
-        try:
-            self.run, self.rows = parse_results(whole)
-        except (ValueError, TypeError) as error:
-            raise Stop(
-                f"{self.path} is no results.tsv of this program ({error}); move it away, or use --out DIR"
-            ) from None
-        if whole != content:
-            try:
-                os.truncate(self.path, len(whole))
-            except OSError as error:
-                raise Stop(f"Cannot write {self.path}: {error.strerror}") from None
 
-    def begin(self, run: dict):
-        """Start a new results.tsv."""
-        self.run, self.rows = run, []
-        header = f"# {json.dumps(run)}\n" + "\t".join(COLUMNS) + "\n"
-        write_whole(self.path, header)
+@contextlib.contextmanager
+def errors_named(path: Path, advice: str) -> Iterator[None]:
+    """Turn what the system refuses to do with a file into a Stop that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise Stop(f"{path}: {error.strerror or error}. {advice}") from None
 
-    def append(self, result: Result):
-        """Add one line, at once and whole."""
-        size = self.path.stat().st_size
-        try:
-            with open(self.path, "ab") as file:  # buffered: a write that a full disk cuts short raises an error
-                file.write(to_line(result).encode(errors="replace"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):  # else the next start drops the torn line
-                os.truncate(self.path, size)
-            raise Stop(
-                f"Cannot write {self.path}: {error.strerror}. What it holds is intact; run again to go on"
-            ) from None
-        self.rows.append(from_line(to_line(result)))
 
-    def move_away(self) -> Path:
-        """Move a run and what belongs to it to runs/NAME; nothing is overwritten."""
-        name = datetime.datetime.fromtimestamp(self.path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-        folder = next(
-            f for n in itertools.count() if not (f := self.path.parent / "runs" / f"{name}{f'-{n}' * (n > 0)}").exists()
-        )
-        try:
-            folder.mkdir(parents=True)
-            for file in ("best_genome.json", "progress.png", "results.tsv"):  # the record last: it makes it a run
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(self.path.parent / file, folder / file)
-        except OSError as error:
-            raise Stop(f"Cannot move the run in {self.path} to {folder}: {error.strerror}; use --out DIR") from None
-        self.rows, self.run = [], None
-        return folder
+GO_ON = "What results.tsv holds is intact; run again to go on"
 
 
 def write_whole(path: Path, content: str | bytes):
     """Write a file so that it appears whole or not at all."""
     aside = path.with_name(f".{path.name}.tmp")
-    try:
+    with errors_named(path, GO_ON):
         with open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        raise Stop(f"Cannot write {path}: {error.strerror}. results.tsv is intact; run again to go on") from None
 
 
-TRAINS_AND_BREEDS = ["orthogonalize", "MuonGroup", "Optimizer", "schedule_at", "Trial", "candidates", "select", "breed"]
+class Record:
+    """The results.tsv of a folder: its header, None before there is one, and its rows.
+
+    Locked while it is open. Raises Stop where it cannot be read, written or locked.
+    """
+
+    def __init__(self, out: Path):
+        self.path, self.header, self.columns, self.rows, self.size = out / "results.tsv", None, list(COLUMNS), [], 0
+        with errors_named(out, "Name another folder with --out"):
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = prepare.try_lock(out / ".lock")
+        if self.lock is None:
+            raise Stop(f"Another run is at work in {out.resolve()}; wait for it, or use --out DIR")
+        with errors_named(self.path, "Move it away, or use --out DIR"), contextlib.suppress(FileNotFoundError):
+            self.read(self.path.read_bytes())
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.lock)
+
+    def read(self, content: bytes):
+        whole = content[: content.rfind(b"\n") + 1]  # a line torn by a crash or a full disk has no end
+        try:
+            self.header, self.columns, self.rows = read_results(whole)
+        except ValueError as error:
+            raise Stop(f"{self.path} is no results.tsv of this program: {error}. "
+                       "Mend it or move it away, or use --out DIR") from None  # fmt: skip
+        self.size = len(whole)
+        if whole != content:
+            os.truncate(self.path, len(whole))
+
+    def begin(self, header: dict):
+        """Start a new results.tsv."""
+        self.header, self.rows = header, []
+        content = self.content()
+        write_whole(self.path, content)
+        self.size = len(content)
+
+    def content(self) -> bytes:
+        lines = [f"# {json.dumps(self.header)}\n", "\t".join(COLUMNS) + "\n", *map(to_line, self.rows)]
+        return "".join(lines).encode(errors="replace")
+
+    def append(self, result: Result):
+        """Add one line, at once and whole."""
+        line = to_line(result).encode(errors="replace")
+        with errors_named(self.path, GO_ON):
+            if not self.path.exists() or self.path.stat().st_size != self.size:
+                rescued = self.path.with_name("results.rescued.tsv")
+                write_whole(rescued, self.content())
+                raise Stop(f"{self.path} was changed or deleted while the run was at work. All of its rows are in "
+                           f"{rescued.name}: put that in its place, and run again to go on")  # fmt: skip
+            try:
+                with open(self.path, "ab") as file:  # buffered: a write that a full disk cuts short raises an error
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):  # else the next start drops the torn line
+                    os.truncate(self.path, self.size)
+                raise
+        self.size += len(line)
+        cells = line.decode().removesuffix("\n").split("\t")
+        self.rows.append(from_cells(dict(zip(COLUMNS, cells, strict=True))))  # as it will be read
+
+    def move_away(self) -> Path:
+        """Move a run and what belongs to it to runs/NAME; nothing is overwritten."""
+        out = self.path.parent
+        name = datetime.datetime.fromtimestamp(self.path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+        names = (f"{name}-{n}" if n else name for n in itertools.count())
+        folder = next(out / "runs" / n for n in names if not (out / "runs" / n).exists())
+        with errors_named(folder, f"The run in {self.path} cannot be moved there; use --out DIR"):
+            folder.mkdir(parents=True)
+            for file in ("best_genome.json", "progress.png", "results.tsv"):  # the record last: it makes it a run
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(out / file, folder / file)
+        self.header, self.rows = None, []
+        return folder
 
 
-def bare(node) -> str:
-    """A syntax tree without what differs between versions of Python (places, empty fields) and without docstrings."""
+Controls = dict[tuple[str, str | int], list[Result]]  # ("strategy", "random") or ("seed", 1): the rows of that run
+
+
+def find_controls(out: Path, header: dict) -> Controls:
+    """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, of each the last by name.
+
+    Says which records cannot be read.
+    """
+    found = {}
+    for path in sorted(out.glob("runs/*/results.tsv")):
+        try:
+            other, _, rows = read_results(path.read_bytes())
+        except (OSError, ValueError) as error:
+            say(f"{path} is left out of the picture: {error}")
+            continue
+        differs = [key for key in {**header, **other} if other.get(key) != header.get(key)]
+        if differs in (["strategy"], ["seed"]):
+            found[differs[0], other[differs[0]]] = rows
+    return found
+
+
+# What makes two runs the same one: settings, data, device, and the code that trains and chooses.
+
+DECIDES = [("evolve.py", "evaluate"), ("evolve.py", "next_tasks"), ("prepare.py", "Dataset")]  # and all that they use
+ONLY_PRINTS = ("main", "say")
+
+
+class Essence(ast.NodeTransformer):
+    """Takes out of a syntax tree what only explains it: docstrings, type hints, what raise and assert say."""
+
+    def visit_FunctionDef(self, node):
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        node.returns = None
+        return self.generic_visit(node)
+
+    visit_ClassDef = visit_Module = visit_FunctionDef
+
+    def visit_AnnAssign(self, node):
+        return self.visit(ast.Assign([node.target], node.value) if node.value else ast.Expr(node.target))
+
+    def visit_arg(self, node):
+        return ast.arg(node.arg)
+
+    def visit_Raise(self, node):
+        return ast.Raise(getattr(node.exc, "func", node.exc))
+
+    def visit_Assert(self, node):
+        return ast.Assert(self.visit(node.test))
+
+
+def tree_text(node) -> str:
+    """A syntax tree as text, without what differs between versions of Python: places, and fields that are empty."""
     if isinstance(node, list):
-        return "".join(bare(part) for part in node)
+        return "".join(tree_text(part) for part in node)
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = dict(ast.iter_fields(node))
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-        fields["body"] = node.body[1:]
-    return f"{type(node).__name__}({' '.join(f'{k}={bare(v)}' for k, v in fields.items() if v not in (None, []))})"
+    fields = [f"{k}={tree_text(v)}" for k, v in ast.iter_fields(node) if v not in (None, [])]
+    return f"{type(node).__name__}({' '.join(fields)})"
+
+
+def deciding_code(folder: Path) -> dict[tuple[str, str], str]:
+    """The code of all of genome.py, and of all that DECIDES uses in the three scripts, by file and name."""
+    defined, found = collections.defaultdict(list), {}
+    for file in ("prepare.py", "genome.py", "evolve.py"):
+        for statement in ast.parse((folder / file).read_text(encoding="utf-8")).body:
+            targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+            stored = [node.id for t in targets if t is not None for node in ast.walk(t) if isinstance(node, ast.Name)]
+            is_call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+            for name in stored or [getattr(statement, "name", "a call" if is_call else "")]:
+                if name:  # what has none: imports, docstrings, and what a script does when it is run
+                    defined[file, name].append(Essence().visit(statement))
+    todo = [*DECIDES, *(key for key in defined if key[0] == "genome.py" or key[1] == "a call")]
+    while todo:
+        file, name = todo.pop()
+        if name in ONLY_PRINTS or name in CONSTANTS or (file, name) in found:
+            continue  # the constants stand in the header
+        found[file, name] = tree_text(defined[file, name])
+        for node in itertools.chain.from_iterable(map(ast.walk, defined[file, name])):
+            if isinstance(node, ast.Name):
+                todo += [(file, node.id)] if (file, node.id) in defined else []
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "prepare":
+                todo.append(("prepare.py", node.attr))
+    return found
 
 
 def code_hash() -> str:
-    """A hash of the code that trains and breeds: what it does counts, not how it is explained."""
-    code = f"{MUON_LR} {MUON_MOMENTUM} {EMBED_LR} {HEAD_LR} {VECTOR_LR} {ADAM_BETAS} {ADAM_EPS}"
-    for file, names in ("genome.py", None), ("evolve.py", TRAINS_AND_BREEDS):
-        tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
-        code += bare(tree if not names else [n for n in tree.body if getattr(n, "name", "") in names])
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
+    """A hash of the code that decides a score or what is evaluated next: what it does counts, not how it is explained.
+
+    What is forgotten in ONLY_PRINTS separates runs that could be one, and never mixes two.
+    """
+    code = deciding_code(Path(__file__).parent)
+    return hashlib.sha256("\n".join(f"{key} {code[key]}" for key in sorted(code)).encode()).hexdigest()[:12]
 
 
 def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
-    """What makes two runs the same one: constants, data, device, and the code that trains and breeds."""
+    """The header of a record."""
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
-    return {
-        **own,
-        "data": data.source,
-        "fingerprint": data.fingerprint,
-        "device": device,
-        "torch": torch.__version__,
-        "code": code_hash(),
-    }
+    data_is = {"data": data.source, "fingerprint": data.fingerprint, "vocab_size": data.vocab_size}
+    return {**own, **data_is, "device": device, "torch": torch.__version__, "code": code_hash()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Selection and breeding: functions of the record and of a random.Random of their own.
+# The plan: what is evaluated next, a pure function of the rows. Lower val_bpb is better: `candidates` alone says so.
+
+SEEDS = 100_000  # of evaluations, for one SEED: the first half for generations, the second for the final
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A genome that was scored, with every score it got in the search."""
+    """A genome that was scored, with every score it got in one stage."""
 
     id: str
-    genome: Genome
     scores: tuple[float, ...]
+    tried: int  # evaluations, those that failed included
     curve: tuple[float, ...]  # the mean of its loss curves
+    generation: int | None  # in which it was new
+    json: str
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.scores)
 
+    @property
+    def genome(self) -> Genome:
+        return Genome.from_json(self.json)
+
+
+def in_order(id: str) -> list:
+    """A key that sorts g2.01 before g10.01."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", id)]
+
 
 def candidates(rows: list[Result]) -> list[Candidate]:
-    """Every genome that was scored each time, best first. Lower val_bpb is better: this is the one place to say so."""
+    """Every genome that was scored, best first: by the mean of its scores.
+
+    Not those that diverged, leaked or were dead with any seed, and not those that failed otherwise (out of memory,
+    timeout, crash) more than once.
+    """
     by_id = collections.defaultdict(list)
     for row in rows:
-        if row.status in ("ok", "nan", "leak", "dead"):
-            by_id[row.id].append(row)
-    found = [
-        Candidate(
-            name,
-            Genome.from_json(group[0].genome),
-            tuple(row.val_bpb for row in group),
-            tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in group), strict=True)),
-        )
-        for name, group in by_id.items()
-        if all(row.status == "ok" for row in group)  # what diverges or leaks with any seed is no survivor
-    ]
-    return sorted(found, key=lambda c: (c.mean, c.id))
+        by_id[row.id].append(row)
+    found = []
+    for name, group in by_id.items():
+        ok = [row for row in group if row.status == "ok"]
+        wrong = any(row.status in ("diverged", "leak", "dead") for row in group)
+        if ok and not wrong and len(group) - len(ok) < 2:
+            curve = tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in ok), strict=True))
+            first = min((row.generation for row in group), key=lambda g: (g is not None, g))
+            found.append(Candidate(name, tuple(r.val_bpb for r in ok), len(group), curve, first, ok[0].genome))
+    return sorted(found, key=lambda c: (c.mean, in_order(c.id)))
+
+
+def of_stage(rows: list[Result], stage: str) -> list[Result]:
+    return [row for row in rows if row.stage == stage]
 
 
 def searched(rows: list[Result]) -> list[Candidate]:
-    return candidates([row for row in rows if row.is_search])
+    return candidates(of_stage(rows, "search"))
 
 
-def ranked_after(rows: list[Result], generation: int) -> list[Candidate]:
-    """The ranking as it stood after a generation, best first."""
-    return searched([r for r in rows if r.generation <= generation])
+def missing(tasks: list[Task], rows: list[Result], attempts: int = 1) -> list[Task]:
+    """Those of the tasks that the rows lack, or that failed in fewer attempts than that."""
+    done = collections.defaultdict(list)
+    for row in rows:
+        done[row.evaluation].append(row.status)
+    earlier = [done[t.stage, t.id, t.seed] for t in tasks]
+    return [t for t, ends in zip(tasks, earlier, strict=True) if "ok" not in ends and len(ends) < attempts]
 
 
-def noise_floor(rows: list[Result]) -> float | None:
-    """Pooled standard deviation between evaluations of one genome, in bits per byte; None before there are two."""
-    groups = [c.scores for c in searched(rows) if len(c.scores) > 1]
-    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups)
-    return math.sqrt(squares / sum(len(g) - 1 for g in groups)) if groups else None
+def baseline_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+    """The designs made by people that are small enough; they meet the same batches as generation 0."""
+    tasks = [
+        Task("baseline", name, genome, settings.seed * SEEDS)
+        for name, genome in BASELINES.items()
+        if genome.num_params(vocab_size) <= settings.max_params
+    ]
+    return missing(tasks, rows)
 
 
 def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list[Candidate]:
@@ -1059,41 +1424,22 @@ def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list
     return found[: settings.survivors]
 
 
-def hurdle_text(rows: list[Result], settings: "Settings") -> str:
-    """What the hurdle saved, and how often it would have stopped a survivor: some that miss it run on all the same."""
-    newcomers = [r for r in rows if r.is_newcomer]
-    stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
-    survived = sum(row.id in {c.id for c in ranked_after(rows, row.generation)[: settings.survivors]} for row in spared)
-    saved = len(stopped) * (1 - settings.hurdle_at) / max(1, sum(r.is_search for r in rows))
-    return (
-        f"hurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
-        f"{len(spared)} that missed it ran on, {survived} of them to survive"
-    )
-
-
-@dataclass
-class Generation:
-    tasks: list[Task]
-    refused: int = 0  # genomes bred and turned away: too large, mixing no tokens, or trained before
-    bred: int = 0
-
-
-def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size: int) -> Generation:
+def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size: int) -> list[Task]:
     """The evaluations of a generation, from what came before it: survivors again with a new seed, then newcomers."""
     rng = random.Random(f"{settings.seed}/{generation}")
-    earlier = [row for row in rows if row.generation < generation and row.is_search]
+    earlier = [row for row in of_stage(rows, "search") if row.generation < generation]
     survivors = select(earlier, settings, rng)
     seed = settings.seed * SEEDS + generation
     hurdle = None
     if settings.hurdle and survivors:
         known = [loss for c in survivors if math.isfinite(loss := c.curve[tenth_before_hurdle(settings)])]
         hurdle = max(known, default=math.inf) + settings.hurdle
-    again = [c for c in survivors if len(c.scores) < settings.repeats]
-    born = Generation([Task(c.id, generation, (), "again", c.genome, seed) for c in again])
+    repeats = [c for c in survivors if c.tried < settings.repeats]
+    tasks = [Task("search", c.id, c.genome, seed, generation, operator="repeat") for c in repeats]
     seen = {row.key for row in earlier}
-    newcomers = settings.population_size - len(again)
+    newcomers = settings.population_size - len(repeats)
     for n in range(newcomers):
-        while True:
+        for _ in range(100_000):
             parents: list[Candidate] = []
             if settings.strategy == "random" or not survivors or n >= newcomers - settings.immigrants:
                 genome, operator = random_genome(rng), "random"
@@ -1106,47 +1452,60 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
             else:
                 parents = [rng.choice(survivors)]
                 genome, operator = mutate(parents[0].genome, rng, settings.mutation_rate)
-            born.bred += 1
             small = genome.num_params(vocab_size) <= settings.max_params
             if small and genome.mixes_tokens and genome.key not in seen:
                 break
-            born.refused += 1
-            if born.refused > 100_000:
-                raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
+        else:
+            raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
         seen.add(genome.key)
         spared = rng.random() < settings.hurdle_sample
-        task = Task(f"g{generation}.{n + 1:02d}", generation, tuple(p.id for p in parents), operator, genome, seed)
-        born.tasks.append(dataclasses.replace(task, hurdle=hurdle, spared=spared))
-    return born
+        name, from_whom = f"g{generation}.{n + 1:02d}", tuple(p.id for p in parents)
+        limits = dict(hurdle=hurdle, spared=spared)
+        tasks.append(Task("search", name, genome, seed, generation, from_whom, operator, **limits))
+    return tasks
 
 
-def entrant_tasks(settings: "Settings", vocab_size: int) -> list[Task]:
-    """The designs made by hand that are small enough; they meet the same batches as generation 0."""
-    return [
-        Task(name, -1, (), "entrant", genome, settings.seed * SEEDS)
-        for name, genome in ENTRANTS.items()
-        if genome.num_params(vocab_size) <= settings.max_params
-    ]
+def search_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+    """What is left of the first generation that is not complete."""
+    done = collections.Counter(
+        generation for generation, _ in {(r.generation, r.evaluation) for r in of_stage(rows, "search")}
+    )
+    for generation in range(settings.max_generations):
+        if done[generation] < settings.population_size:
+            return missing(breed(rows, generation, settings, vocab_size), rows)
+    return []
 
 
 def best_transformers(rows: list[Result], settings: "Settings") -> list[Candidate]:
-    entrants = candidates([row for row in rows if row.operator == "entrant"])
-    return [c for c in entrants if c.id.startswith("transformer")][: settings.rivals]
+    baselines = candidates(of_stage(rows, "baseline"))
+    return [c for c in baselines if c.id.startswith("transformer")][: settings.final_baselines]
 
 
-def final_tasks(rows: list[Result], settings: "Settings") -> list[Task]:
-    """The best genomes and the best transformers, each with the same fresh seeds."""
+def final_evaluations(rows: list[Result], settings: "Settings") -> list[Task]:
+    """The best genomes of the search and the best transformers, each with the same fresh seeds."""
     finalists = [*searched(rows)[: settings.finalists], *best_transformers(rows, settings)]
     first = settings.seed * SEEDS + SEEDS // 2  # seeds that the search never used
     return [
-        Task(c.id, settings.max_generations, (), "final", c.genome, first + n, final=True)
+        Task("final", c.id, c.genome, first + n, budget=settings.final_factor, test=True)
         for n in range(settings.final_seeds)
         for c in finalists
     ]
 
 
+def final_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+    return missing(final_evaluations(rows, settings), rows, attempts=2)
+
+
+STAGES = {"baseline": baseline_tasks, "search": search_tasks, "final": final_tasks}
+
+
+def next_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+    """What is to be evaluated next, all of one stage; [] when the run is finished. A pure function of its arguments."""
+    return next((tasks for stage in STAGES.values() if (tasks := stage(rows, settings, vocab_size))), [])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The final's arithmetic.
+# The report: texts, best_genome.json and progress.png, all of them functions of the rows.
 
 T_95 = (  # by degrees of freedom, from 1
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -1159,19 +1518,26 @@ class Estimate:
     """A mean with its 95 % interval (Student 1908)."""
 
     mean: float
-    half: float  # half the width of the interval; infinite for one value
+    half: float | None  # half the width of the interval; None for one value
     values: tuple[float, ...]
 
     def __str__(self):
-        return f"{self.mean:.4f} ± {self.half:.4f}"
+        return f"{self.mean:.4f} ± {'?' if self.half is None else f'{self.half:.4f}'}"
 
 
 def estimate(values) -> Estimate:
     values = tuple(values)
     if len(values) < 2:
-        return Estimate(values[0], math.inf, values)
+        return Estimate(values[0], None, values)
     t = T_95[len(values) - 2] if len(values) <= 31 else 1.96 + 2.4 / (len(values) - 1)
     return Estimate(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)), values)
+
+
+def noise_floor(rows: list[Result]) -> float | None:
+    """Pooled standard deviation between evaluations of one genome, in bits per byte; None before there are two."""
+    groups = [c.scores for c in searched(rows) if len(c.scores) > 1]
+    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups)
+    return math.sqrt(squares / sum(len(g) - 1 for g in groups)) if groups else None
 
 
 @dataclass(frozen=True)
@@ -1190,26 +1556,26 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
 
     Ranked by val, those with failures last, so that the test score of the winner is not the best of several.
     """
-    tasks = final_tasks(rows, settings)
-    done = {(r.id, r.seed): r for r in rows if r.operator == "final" and r.generation == settings.max_generations}
-    if not tasks or any((t.id, t.seed) not in done for t in tasks):
+    tasks = final_evaluations(rows, settings)
+    if not tasks or missing(tasks, rows, attempts=2):
         return []
-    rivals = {c.id: c.mean for c in best_transformers(rows, settings)}
-    before = {c.id: c.mean for c in searched(rows)} | rivals
+    done = {row.evaluation: row for row in of_stage(rows, "final")}  # of two attempts the later one
+    baselines = {c.id: c.mean for c in best_transformers(rows, settings)}
+    before = {c.id: c.mean for c in searched(rows)} | baselines
     table = []
     for name in dict.fromkeys(t.id for t in tasks):
-        mine = [done[t.id, t.seed] for t in tasks if t.id == name]
+        mine = [done["final", t.id, t.seed] for t in tasks if t.id == name]
         ok = [r for r in mine if r.status == "ok"]
         if ok:
             test, val = estimate(r.test_bpb for r in ok), estimate(r.val_bpb for r in ok)
             genome = Genome.from_json(mine[0].genome)
             table.append(Finalist(name, genome, test, val, before[name], None, len(mine) - len(ok)))
     table.sort(key=lambda f: (f.failed > 0, f.val.mean))
-    rival = next((f.id for f in table if f.id in rivals), None)
+    rival = next((f.id for f in table if f.id in baselines), None)
     seeds = dict.fromkeys(t.seed for t in tasks)
     for n, f in enumerate(table):
-        if rival and f.id not in rivals:
-            pairs = [(done[rival, seed], done[f.id, seed]) for seed in seeds]
+        if rival and f.id not in baselines:
+            pairs = [(done["final", rival, seed], done["final", f.id, seed]) for seed in seeds]
             leads = [theirs.test_bpb - own.test_bpb for theirs, own in pairs if theirs.status == own.status == "ok"]
             table[n] = dataclasses.replace(f, lead=estimate(leads) if leads else None)
     return table
@@ -1221,18 +1587,8 @@ def best_evolved(table: list[Finalist], rows: list[Result]) -> Finalist | None:
     return next((f for f in table if f.id in evolved), None)
 
 
-def print_final(table: list[Finalist], settings: "Settings"):
-    print(f"\nThe final: {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte\n")
-    print(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the best transformer on test")
-    for f in table:
-        lead = f"{f.lead}" if f.lead else ""
-        failed = f"   ({f.failed} failed)" if f.failed else ""
-        print(f"{f.id:<24}{f.test!s:>18}{f.val!s:>18}{f.search:>15.4f}   {lead}{failed}")
-        print(f"    {f.genome.summary}")
-
-
-def lineage(rows: list[Result], name: str) -> list[dict]:
-    """The ancestors of a genome, oldest first, itself last."""
+def lineage(rows: list[Result], name: str) -> list[Result]:
+    """The first evaluations of a genome's ancestors, oldest first, itself last."""
     first = {}
     for row in rows:
         if row.is_newcomer:
@@ -1243,44 +1599,109 @@ def lineage(rows: list[Result], name: str) -> list[dict]:
         if row and row.id not in found:
             found[row.id] = row
             todo += [parent for parent in row.parents.split(",") if parent]
-    keys = ("generation", "id", "parents", "operator", "val_bpb", "params", "summary")
-    return [
-        {key: getattr(row, key) for key in keys} for row in sorted(found.values(), key=lambda r: (r.generation, r.id))
-    ]
+    return sorted(found.values(), key=lambda r: in_order(r.id))
+
+
+def leaders_by_generation(rows: list[Result], n: int) -> list[set[str]]:
+    """The ids of the n best as they stood after each generation."""
+    by_generation = collections.defaultdict(list)
+    for row in of_stage(rows, "search"):
+        by_generation[row.generation].append(row)
+    met, leaders = [], []
+    for generation in range(max(by_generation, default=-1) + 1):
+        met += by_generation[generation]
+        leaders.append({c.id for c in candidates(met)[:n]})
+    return leaders
 
 
 def score_text(val_bpb: float | None) -> str:
     return "—" if val_bpb is None else f"{val_bpb:.4f}"
 
 
-def print_lineage(rows: list[Result], name: str):
-    print(f"\nHow {name} came to be\n")
-    for row in lineage(rows, name):
-        print(f"{row['id']:<8}{score_text(row['val_bpb']):>8}  {row['operator']:<24}  {row['summary']}")
+def result_text(r: Result) -> str:
+    """An evaluation in a line."""
+    test = f"  test {r.test_bpb:.4f}" if r.test_bpb is not None else ""
+    speed = r.tokens_per_s or 0
+    speed = f"{speed / 1e6:6.2f} M tok/s" if speed >= 1e5 else f"{speed / 1e3:6.1f} k tok/s"
+    note = f"  [{r.note}]" if r.note else ""
+    what = r.operator or r.stage
+    return (f"{r.id:<24} {r.status:<8}{score_text(r.val_bpb):>8}  {(r.params or 0) / 1e6:6.2f} M  {speed}  "
+            f"{what:<16}  {r.summary}{test}{note}")  # fmt: skip
 
 
-def print_ops(rows: list[Result], winner: Genome, settings: "Settings"):
+def stage_text(rows: list[Result], settings: "Settings", task: Task) -> str:
+    """How the search stands after the generation of a task; nothing after other stages."""
+    if task.stage != "search":
+        return ""
+    mine = [r for r in of_stage(rows, "search") if r.generation == task.generation]
+    scores = [r.val_bpb for r in mine if r.status == "ok"]
+    best, noise = next(iter(searched(rows)), None), noise_floor(rows)
+    parts = [f"generation {task.generation}:"]
+    if best:
+        parts.append(f"best {best.mean:.4f} ({best.id}, evaluated {len(best.scores)} x)")
+    parts.append(f"median {statistics.median(scores):.4f}" if scores else "no score")
+    parts.append(f"noise {noise:.4f}" if noise is not None else "noise not yet known")
+    failed = collections.Counter(r.status for r in mine if r.status != "ok")
+    parts += [f"{n} {status}" for status, n in failed.items()]
+    return "  ".join(parts) + "\n"
+
+
+def final_text(table: list[Finalist], settings: "Settings") -> str:
+    lines = [f"\nThe final: {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte\n"]
+    lines.append(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the best transformer on test")
+    for f in table:
+        lead = f"{f.lead}" if f.lead else ""
+        failed = f"   ({f.failed} failed)" if f.failed else ""
+        lines.append(f"{f.id:<24}{f.test!s:>18}{f.val!s:>18}{f.search:>15.4f}   {lead}{failed}")
+        lines.append(f"    {f.genome.summary}")
+    return "\n".join(lines)
+
+
+def lineage_text(rows: list[Result], name: str) -> str:
+    lines = [f"{r.id:<8}{score_text(r.val_bpb):>8}  {r.operator:<24}  {r.summary}" for r in lineage(rows, name)]
+    return "\n".join([f"\nHow {name} came to be\n", *lines])
+
+
+def ops_text(rows: list[Result], winner: Genome, settings: "Settings") -> str:
     """What became of every op: in how many newcomers it was, until when in one of the best, how often in the winner."""
-    newcomers = [r for r in rows if r.is_newcomer]
-    used = [[node.gene.op for node in Genome.from_json(r.genome).network] for r in newcomers]
+    newcomers = {r.id: [node.gene.op for node in Genome.from_json(r.genome).network] for r in rows if r.is_newcomer}
     kept = [node.gene.op for node in winner.network]
-    last = max(r.generation for r in newcomers)
-    until = {}
-    for g in range(last + 1):
-        for c in ranked_after(rows, g)[: settings.survivors]:
-            until |= {node.gene.op: g for node in c.genome.network}
-    print(f"\n{'':<12}of {len(newcomers)} newcomers in   among the best {settings.survivors}   times in the winner")
+    leaders = leaders_by_generation(rows, settings.survivors)
+    until = {op: g for g, ids in enumerate(leaders) for id in ids for op in newcomers.get(id, ())}
+    lines = [f"\n{'':<12}of {len(newcomers)} newcomers in   among the best {settings.survivors}   times in the winner"]
     for op in OPS:
-        when = "never" if op not in until else "to the end" if until[op] == last else f"until generation {until[op]}"
-        print(f"{op:<12}{sum(op in ops for ops in used):>19}   {when:<20}{kept.count(op):>16}")
+        when = until.get(op)
+        when = "never" if when is None else "to the end" if when == len(leaders) - 1 else f"until generation {when}"
+        lines.append(f"{op:<12}{sum(op in ops for ops in newcomers.values()):>19}   {when:<20}{kept.count(op):>16}")
+    return "\n".join(lines)
 
 
-def write_best(out: Path, record: Record, settings: "Settings"):
-    """best_genome.json: the winner of the final, before it the best of the search, with all it takes to check it."""
-    found = searched(record.rows)
+def hurdle_text(rows: list[Result], settings: "Settings") -> str:
+    """What the hurdle saved, and how often it would have stopped a survivor: some that miss it run on all the same."""
+    newcomers, leaders = [r for r in rows if r.is_newcomer], leaders_by_generation(rows, settings.survivors)
+    stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
+    survived = sum(row.id in leaders[row.generation] for row in spared)
+    saved = len(stopped) * (1 - settings.hurdle_at) / max(1, len(of_stage(rows, "search")))
+    return (f"\nhurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
+            f"{len(spared)} that missed it ran on, {survived} of them to survive")  # fmt: skip
+
+
+def end_text(rows: list[Result], settings: "Settings") -> str:
+    """What came of a run that is finished."""
+    table = final_table(rows, settings)
+    winner = best_evolved(table, rows)
+    if winner is None:
+        return "\nNo genome was scored in a final; see the status column of results.tsv"
+    texts = [final_text(table, settings), lineage_text(rows, winner.id), ops_text(rows, winner.genome, settings)]
+    return "\n".join([*texts, *([hurdle_text(rows, settings)] if settings.hurdle else [])])
+
+
+def best_genome(rows: list[Result], header: dict, settings: "Settings") -> dict | None:
+    """What best_genome.json holds: the winner of the final, before it the best of the search, and how to check it."""
+    found = searched(rows)
     if not found:
-        return
-    f = best_evolved(final_table(record.rows, settings), record.rows)
+        return None
+    f = best_evolved(final_table(rows, settings), rows)
     best = next(c for c in found if not f or c.id == f.id)
     stage = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
     if f:
@@ -1291,74 +1712,66 @@ def write_best(out: Path, record: Record, settings: "Settings"):
             "lead_over_transformer": f.lead and dataclasses.asdict(f.lead),
             "budget_factor": settings.final_factor,
         }
-    content = {
+    shown = ("generation", "id", "parents", "operator", "val_bpb", "params", "summary")
+    return {
         "id": best.id,
         "summary": best.genome.summary,
         "genome": json.loads(best.genome.to_json()),
         "search_val_bpb": list(best.scores),
         **stage,
-        "settings": record.run,
-        "torch": torch.__version__,
-        "lineage": lineage(record.rows, best.id),
+        "settings": header,
+        "torch": header.get("torch"),
+        "lineage": [{name: getattr(row, name) for name in shown} for row in lineage(rows, best.id)],
     }
-    write_whole(out / "best_genome.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The picture
-
-COLOURS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-]  # Okabe & Ito 2008, for every kind of sight
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]  # Okabe & Ito 2008
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
-def draw(rows: list[Result], path: Path, title: str, controls: Controls):
-    """progress.png: is it getting better (than its controls), what is it made of, at what cost."""
+def picture(rows: list[Result], title: str, controls: Controls) -> bytes | None:
+    """progress.png: is it getting better than its controls, of what is it made, at what cost. None without a score."""
     import io
 
     import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: that would want the backend that the environment names
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    ok = [r for r in rows if r.is_search and r.status == "ok"]
+    ok = [r for r in of_stage(rows, "search") if r.status == "ok"]
     if not ok:
-        return
-    last = max(r.generation for r in rows if r.is_search)
+        return None
+    last = max(r.generation for r in of_stage(rows, "search"))
     generations = sorted({r.generation for r in ok})
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplot_mosaic([["better", "better"], ["made", "cost"]], figsize=(10, 9))
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):  # whatever the user's matplotlibrc says
+        figure = Figure(figsize=(10, 9))
+        axes = figure.subplot_mosaic([["better", "better"], ["made", "cost"]])
         draw_scores(axes["better"], rows, ok, generations, last, controls)
         draw_ops(axes["made"], ok, generations, last)
         draw_costs(axes["cost"], rows, ok, axes["better"].get_ylim())
         for name in ("better", "made"):
             axes[name].set_xlabel("generation")
             axes[name].xaxis.get_major_locator().set_params(integer=True)
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title.replace("$", r"\$"), fontsize=12, wrap=True)  # a dollar would begin mathematics
         figure.tight_layout()
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png")
-        plt.close(figure)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
-    """The mean of the genome that led after each generation, nan before the first and after the last of the rows."""
-    last = max((r.generation for r in rows if r.is_search), default=-1)
-    leaders = [next(iter(ranked_after(rows, g)), None) if g <= last else None for g in generations]
-    return [leader.mean if leader else math.nan for leader in leaders]
+    """The best genome that was new by each generation, by the mean of all its evaluations: a line that never rises.
+
+    nan before the first and after the last generation of the rows.
+    """
+    new_in = collections.defaultdict(lambda: math.inf)
+    for c in searched(rows):
+        new_in[c.generation] = min(new_in[c.generation], c.mean)
+    last = max((r.generation for r in of_stage(rows, "search")), default=-1)
+    best = list(itertools.accumulate((new_in[g] for g in range(last + 1)), min))
+    return [best[g] if g <= last and best[g] < math.inf else math.nan for g in generations]
 
 
 def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: Controls):
-    """Every evaluation, the best and the median, and what controls and the designs made by hand reach.
+    """Every evaluation, the best and the median, and what controls and baselines reach.
 
     The axis ends above the best lines of this seed and three quarters of the evaluations; those above stand at its end.
     """
@@ -1367,8 +1780,8 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
         {value: best_so_far(controls[what, value], generations) for what, value in sorted(controls) if what == wanted}
         for wanted in ("strategy", "seed")
     )
-    levels: dict[str, float] = {}  # the best of each family made by hand
-    for c in candidates([r for r in rows if r.operator == "entrant"]):
+    levels: dict[str, float] = {}  # the best baseline of each kind
+    for c in candidates(of_stage(rows, "baseline")):
         levels.setdefault(c.id.split("-")[0], c.mean)
     most = np.quantile([r.val_bpb for r in ok], (0, 0.75))
     shown = [*best, *itertools.chain(*strategies.values()), *sorted(levels.values())[:1], *most]
@@ -1382,9 +1795,13 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     if above:
         x, y = [r.generation for r in above], [top] * len(above)
         axis.scatter(x, y, s=30, color="#999999", lw=0, marker="^", clip_on=False, label="worse than the picture shows")
-    median = [statistics.median(r.val_bpb for r in ok if r.generation == g) for g in generations]
-    axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation")
-    axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations")
+    scores = collections.defaultdict(list)
+    for r in ok:
+        scores[r.generation].append(r.val_bpb)
+    point = dict(marker="o", ms=4) if len(generations) == 1 else {}  # a line of one point cannot be seen
+    median = [statistics.median(scores[g]) for g in generations]
+    axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation", **point)
+    axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations", **point)
     for (strategy, line), color in zip(strategies.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
         axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
     label = "best so far, other seeds"
@@ -1398,7 +1815,7 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
         label = f"± noise floor, {noise:.4f}"
         axis.fill_between(generations, low, high, color=COLOURS[0], alpha=0.2, lw=0, label=label)
-    label = "made by hand, best of each kind"
+    label = "baselines, best of each kind"
     for name, level in levels.items():
         if level <= top:
             axis.axhline(level, color="#555555", lw=1, ls=":", label=label)
@@ -1412,30 +1829,17 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
 
 def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
     """The share of each op in the genes of a generation, norms aside."""
-    shares = {}
-    for g in generations:
-        networks = [Genome.from_json(r.genome).network for r in ok if r.generation == g]
-        counts = collections.Counter(node.gene.op for network in networks for node in network)
-        del counts["norm"]  # before nearly everything else
-        shares[g] = {op: n / max(1, counts.total()) for op, n in counts.items()}
+    counts = collections.defaultdict(collections.Counter)
+    for r in ok:
+        counts[r.generation].update(n.gene.op for n in Genome.from_json(r.genome).network if n.gene.op != "norm")
     base = np.zeros(len(generations))
     for i, op in enumerate(OPS):
-        if not any(op in share for share in shares.values()):
-            continue
-        height = np.array([shares[g].get(op, 0) for g in generations])
-        hatch = ["", "//", "..", "xx"][i // len(COLOURS)]
-        axis.bar(
-            generations,
-            height,
-            1.0,
-            base,
-            color=COLOURS[i % len(COLOURS)],
-            hatch=hatch,
-            edgecolor="white",
-            lw=0.3,
-            label=op,
-        )
-        base += height
+        height = np.array([counts[g][op] / max(1, counts[g].total()) for g in generations])
+        if height.any():
+            look = dict(color=COLOURS[i % len(COLOURS)], hatch=["", "//", "..", "xx"][i // len(COLOURS)])
+            edge = dict(edgecolor="white", lw=0.3 if len(generations) < 100 else 0)  # many edges would hide the bars
+            axis.bar(generations, height, 1.0, base, label=op, **look, **edge)
+            base += height
     axis.set(title="What is it made of?", ylabel="share of genes, norms aside", ylim=(0, 1), xlim=(-0.5, last + 0.5))
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1444,137 +1848,105 @@ def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
 def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, float]):
     """Score against parameters, coloured by speed, of those within the limits of the score."""
     ok = [r for r in ok if r.val_bpb <= limits[1]]
-    hand = [r for r in rows if r.operator == "entrant" and r.status == "ok" and r.val_bpb <= limits[1]]
-    unit, word = (1e6, "million") if max(r.tokens_per_s for r in ok) > 5e5 else (1e3, "thousand")
-    x, y = [r.params / 1e6 for r in ok], [r.val_bpb for r in ok]
-    dots = axis.scatter(x, y, c=[r.tokens_per_s / unit for r in ok], s=18, cmap="cividis", lw=0)
+    baselines = [r for r in of_stage(rows, "baseline") if r.status == "ok" and r.val_bpb <= limits[1]]
+    unit, word = (1e6, "million") if max(r.tokens_per_s or 0 for r in ok) > 5e5 else (1e3, "thousand")
+    x, y = [(r.params or 0) / 1e6 for r in ok], [r.val_bpb for r in ok]
+    dots = axis.scatter(x, y, c=[(r.tokens_per_s or 0) / unit for r in ok], s=18, cmap="cividis", lw=0)
     axis.figure.colorbar(dots, ax=axis, label=f"{word} tokens a second")
-    if hand:
-        x, y = [r.params / 1e6 for r in hand], [r.val_bpb for r in hand]
-        axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="made by hand")
+    if baselines:
+        x, y = [(r.params or 0) / 1e6 for r in baselines], [r.val_bpb for r in baselines]
+        axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="baselines")
         axis.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def print_result(r: Result):
-    test = f"  test {r.test_bpb:.4f}" if r.test_bpb is not None else ""
-    speed = f"{r.tokens_per_s / 1e6:6.2f} M tok/s" if r.tokens_per_s >= 1e5 else f"{r.tokens_per_s / 1e3:6.1f} k tok/s"
-    note = f"  [{r.note}]" if r.note else ""
-    tqdm.write(
-        f"{r.id:<24} {r.status:<8}{score_text(r.val_bpb):>8}  {r.params / 1e6:6.2f} M  {speed}  "
-        f"{r.operator:<14.14}  {r.summary}{test}{note}"
-    )
-
-
-class Run:
-    """A run in a folder: what is recorded, and the pool that adds to it."""
-
-    def __init__(self, out: Path, record: Record, settings: "Settings", data: prepare.Dataset):
-        self.out, self.record, self.settings, self.data = out, record, settings, data
-        self.pool = Pool(data.folder, settings)
-
-    def evaluate(self, title: str, tasks: list[Task], left_after: int = 0) -> int:
-        """Evaluate those of the tasks that the record lacks; returns how many. left_after: those that come later."""
-        done = {(r.generation, r.id, r.seed, r.operator) for r in self.record.rows}
-        tasks = [t for t in tasks if (t.generation, t.id, t.seed, t.operator) not in done]
-        with tqdm(
-            total=len(tasks),
-            desc=title,
-            leave=False,
-            disable=not sys.stderr.isatty(),
-            bar_format="{desc} {bar:20} {n_fmt}/{total_fmt}  {postfix}",
-        ) as bar:
-            start = time.monotonic()
-
-            def tick():
-                each = (time.monotonic() - start) / bar.n if bar.n else self.settings.time_budget
-                here = max(0.0, each * len(tasks) - (time.monotonic() - start))
-                clock = [str(datetime.timedelta(seconds=int(t))) for t in (here, here + each * left_after)]
-                bar.set_postfix_str(f"{clock[0]} left here, {clock[1]} in the run")
-
-            for result in self.pool.run(tasks, tick):
-                self.record.append(result)
-                print_result(result)
-                bar.update()
-        return len(tasks)
-
-    def report(self, title: str):
-        controls = find_controls(self.out, self.record.run)
-        draw(self.record.rows, self.out / "progress.png", title, controls)
-        write_best(self.out, self.record, self.settings)  # last: it is what makes a run a finished one
-
-
-def evolve(out: Path, record: Record, settings: "Settings", data: prepare.Dataset):
-    """The whole search, from wherever the record stands: entrants, generations, final."""
-    run = Run(out, record, settings, data)
-    what = f"{settings.strategy}, seed {settings.seed}"
-    title = f"genesis, {what}: {data.source}, {record.run['device']}, {budget_text(settings)} a trial"
-    per_generation, generations = settings.population_size, settings.max_generations
-    finals = settings.final_seeds * (settings.finalists + settings.rivals)
+def write_reports(out: Path, rows: list[Result], header: dict, settings: "Settings", controls: Controls):
+    """best_genome.json and progress.png."""
+    best = best_genome(rows, header, settings)
+    if best is None:
+        if of_stage(rows, "search"):
+            say("No genome is scored yet, so there is no best_genome.json and no progress.png")
+        return
+    content = json.dumps(best, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(out / "best_genome.json", content + "\n")
+    title = (f"genesis, {settings.strategy}, seed {settings.seed}: {header['data']}, {header['device']}, "
+             f"{budget_text(settings)} a trial")  # fmt: skip
     try:
-        run.evaluate("by hand", entrant_tasks(settings, data.vocab_size), per_generation * generations + finals)
-        done = collections.Counter(r.generation for r in record.rows if r.is_search)
-        for generation in range(generations):
-            if done[generation] == per_generation:
-                continue
-            born = breed(record.rows, generation, settings, data.vocab_size)
-            later = (generations - generation - 1) * per_generation + finals
-            if run.evaluate(f"generation {generation + 1}/{generations}", born.tasks, later):
-                print(generation_text(record.rows, generation, born), flush=True)
-                run.report(title)
-        finish(run, title)
-    finally:
-        run.pool.stop()
+        drawn = picture(rows, title, controls)
+    except Exception as error:  # whatever a picture dies of, the search goes on
+        return say(f"progress.png was not drawn: {type(error).__name__}: {first_line(error)}{place_of(error)}")
+    write_whole(out / "progress.png", drawn)
 
 
-def finish(run: Run, title: str):
-    """The final: fresh seeds, the test split, intervals."""
-    tasks = final_tasks(run.record.rows, run.settings)
-    if not tasks:
-        raise Stop("No genome was scored, so there is no final; see the status column of results.tsv")
-    run.evaluate("the final", tasks)
-    table = final_table(run.record.rows, run.settings)
-    if table:
-        print_final(table, run.settings)
-    if winner := best_evolved(table, run.record.rows):
-        print_lineage(run.record.rows, winner.id)
-        print_ops(run.record.rows, winner.genome, run.settings)
-    if run.settings.hurdle:
-        print(f"\n{hurdle_text(run.record.rows, run.settings)}")
-    run.report(title)
+# ----------------------------------------------------------------------------------------------------------------------
+# The run and the command.
+
+SLOWER = 0.03  # share of its first speed that a genome may lose before a line says so
+OPS_SECONDS = 60  # that trying all ops may take
+ALIKE = 3  # crashes in a row with the same note, nothing else before them, that stop a run
 
 
-def is_finished(record: Record, settings: "Settings") -> bool:
-    """Whether every generation and the final are evaluated, and best_genome.json tells of the final."""
-    searches = sum(r.is_search and r.generation < settings.max_generations for r in record.rows)
-    if searches < settings.population_size * settings.max_generations or not final_table(record.rows, settings):
-        return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(record.path.with_name("best_genome.json").read_text(encoding="utf-8"))["stage"] == "final"
-    return False
+def evolve(record: Record, settings: "Settings", data: prepare.Dataset, device: torch.device):
+    """The whole search, from wherever the record stands. Reports are written while the next evaluations go on."""
+    out = record.path.parent
+    controls = find_controls(out, record.header)
+    with ThreadPoolExecutor(1) as reporter, Pool(data, settings, device, out) as pool:
+        written = None
+        while tasks := next_tasks(record.rows, settings, data.vocab_size):
+            for result in unless_all_crash(progress(pool, tasks), record.rows, settings.population_size):
+                result.note = f"{result.note} {slower_text(result, record.rows, settings)}".strip()
+                record.append(result)
+                say(result_text(result))
+            if text := stage_text(record.rows, settings, tasks[0]):
+                say(text)
+            if written:
+                written.result()  # raises what went wrong
+            written = reporter.submit(write_reports, out, list(record.rows), record.header, settings, controls)
+    if written:
+        written.result()
+    say(end_text(record.rows, settings))
 
 
-def budget_text(settings: "Settings") -> str:
-    return f"{settings.token_budget:,} tokens" if settings.token_budget else f"{settings.time_budget:g} s"
+def progress(pool: Pool, tasks: list[Task]) -> Iterator[Result]:
+    """The results of tasks, under a bar where there is a terminal."""
+    first = tasks[0]
+    title = first.stage if first.generation is None else f"generation {first.generation}"
+    form = "{desc} {bar:20} {n_fmt}/{total_fmt}  {remaining} left here"
+    with tqdm(total=len(tasks), desc=title, leave=False, disable=not sys.stderr.isatty(), bar_format=form) as bar:
+        for result in pool.run(tasks, bar.refresh):
+            yield result
+            bar.update()
 
 
-def generation_text(rows: list[Result], generation: int, born: Generation) -> str:
-    mine = [r for r in rows if r.generation == generation and r.is_search]
-    scores = [r.val_bpb for r in mine if r.status == "ok"]
-    best, noise = next(iter(searched(rows)), None), noise_floor(rows)
-    failed = collections.Counter(r.status for r in mine if r.status != "ok")
-    parts = [f"generation {generation}:"]
-    if best:
-        parts.append(f"best {best.mean:.4f} ({best.id}, {len(best.scores)} evaluations)")
-    parts.append(f"median {statistics.median(scores):.4f}" if scores else "no score")
-    parts.append(f"noise {noise:.4f}" if noise is not None else "noise not yet known")
-    parts.append(f"{born.refused / max(1, born.bred):.0%} of {born.bred} bred refused")
-    parts += [f"{n} {status}" for status, n in failed.items()]
-    return "  ".join(parts) + "\n"
+def unless_all_crash(results: Iterator[Result], rows: list[Result], limit: int) -> Iterator[Result]:
+    """Hold back crashes that are alike until something else happens. Raises Stop where `limit` of them follow another.
+
+    Before a run has its first evaluation that is no crash the limit is ALIKE. What was held back is not recorded when
+    the run stops: it is done again when the cause is mended.
+    """
+    held, most = [], limit if any(row.status != "crash" for row in rows) else ALIKE
+    for result in results:
+        if held and (result.status, result.note) != (held[0].status, held[0].note):
+            yield from held
+            held = []
+        if result.status == "crash":
+            held.append(result)
+        else:
+            most = limit
+            yield result
+        if len(held) >= most:
+            raise Stop(f"{result.trace}\nThe last {len(held)} evaluations crashed alike ({result.note}). "
+                       "They are not recorded: mend the cause, and run again to go on")  # fmt: skip
+    yield from held
+
+
+def slower_text(result: Result, rows: list[Result], settings: "Settings") -> str:
+    """A warning where a genome trains clearly slower or faster than when it was evaluated first, else nothing."""
+    first = next((r for r in rows if r.key == result.key and r.status == "ok"), None)
+    if first is None or result.status != "ok" or settings.token_budget or not first.tokens_per_s:
+        return ""
+    change = result.tokens_per_s / first.tokens_per_s - 1
+    return f"{change:+.0%} tokens/s against its first evaluation" if abs(change) > SLOWER else ""
 
 
 def read_genome(path: Path) -> Genome:
@@ -1586,34 +1958,60 @@ def read_genome(path: Path) -> Genome:
     return Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
 
 
-def train_one(path: Path, data: prepare.Dataset, settings: "Settings", prompt: str, device: str):
-    """Train one genome of a file for the budget, print its val_bpb and some text that it writes."""
-    genome = read_genome(path)
-    print(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
-    task = Task(path.stem, -1, (), "train", genome, settings.seed)
-    problem = check_network(genome, settings.seed)
-    if problem:
-        raise Stop(f"{path}: not trained, status {problem}")
-    on_device = DeviceData(data, torch.device("cuda:0" if device != "cpu" else "cpu"))
-    trial, values = run_trial(task, on_device, settings)
-    if trial is None:
-        raise Stop(f"{path}: out of memory, even with one row of {settings.seq_len} tokens at once")
-    if values["status"] != "ok":
-        raise Stop(f"{path}: training ended with status {values['status']}")
-    passes = values["tokens"] / len(data.train)
-    print(
-        f"val_bpb {values['val_bpb']:.4f} after {values['seconds']:.1f} s: {values['tokens']:,} tokens, "
-        f"{values['tokens_per_s']:,.0f} a second, {passes:.1f} passes over the training text\n"
-    )
-    print(write_text(trial.model, data, prompt, settings.seq_len, settings.seed))
+def train_one(args: argparse.Namespace, genome: Genome, settings: "Settings", data: prepare.Dataset, device):
+    """Train one genome for the budget, print its val_bpb and some text that it writes, and keep it where asked."""
+    path = Path(args.train)
+    say(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
+    task = Task("train", path.stem, genome, settings.seed)
+    on_device = data.to(device)
+    turn = GpuTurn(turn_file(device), f"process {os.getpid()} for --train {path}", say)
+    result, model = run_trial(task, on_device, settings, turn)
+    if result.status != "ok":
+        raise Stop(f"{path}: training ended with status {result.status}. {result.note}")
+    passes = result.tokens / len(data.train)
+    say(f"val_bpb {result.val_bpb:.4f} after {result.seconds:.1f} s: {result.tokens:,} tokens, "
+        f"{result.tokens_per_s:,.0f} a second, {passes:.1f} passes over the training text\n")  # fmt: skip
+    if args.save:
+        save_model(Path(args.save), model, data)
+    say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
+
+
+def save_model(path: Path, model: Model, data: prepare.Dataset):
+    """Keep the weights as safetensors, with what it takes to build the model again and to know its tokenizer."""
+    from safetensors.torch import save
+
+    metadata = {"genome": model.genome.to_json(), "vocab_size": str(data.vocab_size), "fingerprint": data.fingerprint}
+    write_whole(path, save({k: v.contiguous() for k, v in model.state_dict().items()}, metadata))
+    say(f"{path}: the weights. To let it write: uv run evolve.py --write {path} --prompt TEXT")
+
+
+def load_model(path: Path, data: prepare.Dataset, device: torch.device) -> Model:
+    """The model that save_model kept. Raises Stop where it is none, or one of another tokenizer."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        genome = Genome.from_json(metadata["genome"])
+    except (OSError, SafetensorError, KeyError, GenomeError) as error:
+        raise Stop(f"{path} is no model that --save kept: {error}") from None
+    if metadata.get("fingerprint") != data.fingerprint:
+        raise Stop(
+            f"{path} was trained on other tokens than those of {data.source}; name them with --data-dir or --demo"
+        )
+    model = Model(genome, data.vocab_size, compute_dtype(device)).to(device)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # of a version whose ops had other parameters
+        raise Stop(f"{path} is no model that --save kept: {first_line(error)}") from None
+    return model
 
 
 @torch.no_grad()
 def write_text(model: Model, data: prepare.Dataset, prompt: str, seq_len: int, seed: int, length: int = 200) -> str:
     """Sample `length` tokens after a prompt, temperature 0.8, from the 50 likeliest."""
-    for part in (model.enter, *model.blocks, model.leave):
-        part.__dict__.pop("forward", None)  # what was compiled knows one shape alone
-    tokenizer, device = data.tokenizer(), model.enter.embedding.device
+    model.uncompile()  # what was compiled knows one shape alone
+    tokenizer, device = data.tokenizer(), next(model.parameters()).device
     tokens = [data.bos, *tokenizer.encode_ordinary(prompt)]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(length):
@@ -1625,99 +2023,134 @@ def write_text(model: Model, data: prepare.Dataset, prompt: str, seq_len: int, s
     return tokenizer.decode(tokens[1:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
+def begin_or_go_on(record: Record, header: dict, settings: "Settings", new: bool) -> bool:
+    """Make the record one of the run that the header describes; returns whether there is something to do in it.
+
+    A run that differs is moved to runs/.
+    """
+    old = record.header
+    if old is not None:
+        differs = [f"{k.upper()} {old.get(k)}, now {header[k]}" for k in header if old.get(k) != header[k]]
+        if record.columns != list(COLUMNS) and not differs:
+            differs = ["columns of another version"]
+        if old.get("device", "cpu") != "cpu" and header["device"] == "cpu" and not new:
+            raise Stop(f"The run in {record.path} was made on {old['device']}, and no GPU is to be seen. Nothing was "
+                       "changed: bring it back, or name another folder with --out")  # fmt: skip
+        if new or differs:
+            why = "--new" if new else "it differs: " + "; ".join(differs)
+            say(f"The run in {record.path} was moved to {record.move_away()} ({why})")
+        elif not next_tasks(record.rows, settings, header["vocab_size"]):
+            say(f"The run in {record.path} is finished: {len(record.rows)} evaluations. Raise MAX_GENERATIONS above "
+                f"{settings.max_generations} to extend it; --new moves it to runs/ and begins again")  # fmt: skip
+            return False
+        else:
+            say(f"Going on with the run in {record.path}: {len(record.rows)} evaluations")
+    if record.header is None:
+        record.begin(header)
+    return True
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--demo", action="store_true", help="two minutes on any machine, on text that every machine has"
-    )
-    parser.add_argument("--data-dir", metavar="DIR", help="the folder of parquet shards that prepare.py was given")
-    parser.add_argument("--out", metavar="DIR", help="where results go (default: here; with --demo: demo/)")
-    parser.add_argument("--final", action="store_true", help="the final now, from what results.tsv holds")
-    parser.add_argument("--train", metavar="FILE", help="train the genome in a file, and let it write")
-    parser.add_argument("--prompt", default="The history of science", help="what --train goes on from")
-    comments = dict(re.findall(r"^([A-Z_]+) = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
-    for name, value in CONSTANTS.items():
-        help = f"{comments[name]} (default {value})".replace("%", "%%")
-        parser.add_argument(f"--{name.lower().replace('_', '-')}", type=type(value), metavar="N", help=help)
-    return parser.parse_args(argv)
+def try_ops(pipe):
+    """Build and run every op: send (which, None) before each, and at the end what is wrong with one, or ""."""
+    signal.alarm(OPS_SECONDS)
+    problem = op_problem(trying=lambda which: pipe.send((which, None)))
+    pipe.send(("", problem))
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+def check_ops():
+    """Try every op in a process of its own, where one of the user's may raise or hang. Raises Stop, naming it."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=try_ops, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    trying, problem = "", None
+    with contextlib.suppress(EOFError):
+        while problem is None:
+            trying, problem = ours.recv()
+    process.join()
+    if process.exitcode == ENDED_BY_ALARM:
+        problem = f"{trying}: is not built and run within {OPS_SECONDS} s"
+    elif problem is None:
+        problem = f"{trying}: ended the process that tried it, exit code {process.exitcode}"
+    if problem:
+        raise Stop(f"genome.py: {problem}")
 
 
-def start(args: argparse.Namespace):
-    settings = read_settings(args)
-    source = dict(data_dir=args.data_dir, demo=args.demo)
+def no_gpu_reason() -> str:
+    """Why torch sees no GPU, in its own words."""
     try:
-        data = prepare.load(prepare.source_folder(**source))
-    except prepare.PrepareError:
-        data = prepare.load(prepare.prepare(**source))
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return first_line(error)
+    return "torch finds none"
+
+
+def run_command(args: argparse.Namespace):
+    settings = read_settings(args)
+    if settings.seq_len > MAX_SEQ_LEN:
+        raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
+    if args.save and not args.train:
+        raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
+    genome = read_genome(Path(args.train)) if args.train else None
+    if args.save and not Path(args.save).absolute().parent.is_dir():
+        raise Stop(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
+    check_ops()
+    data = prepare.open_source(data_dir=args.data_dir, demo=args.demo)
     shortest = min(len(data.train), len(data.val), len(data.test), settings.eval_tokens + 1) - 1
     if shortest < settings.seq_len:
         raise Stop(f"SEQ_LEN = {settings.seq_len}: EVAL_TOKENS and each split have to fill it, not {shortest} tokens")
-    device = device_name()
-    if device == "cpu":
-        print("No GPU was found: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests.")
-    if args.train:
-        return train_one(Path(args.train), data, settings, args.prompt, device)
+    least = Genome((Gene("shift"),), embed_dim=min(WIDTHS)).num_params(data.vocab_size)
+    if settings.max_params < least:
+        raise Stop(f"MAX_PARAMS = {settings.max_params:,}: embedding and head of the smallest genome have {least:,}")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if args.write:
+        model = load_model(Path(args.write), data, device)
+        return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if name == "cpu" and not settings.token_budget:
+        raise Stop(f"A trial of seconds needs a GPU, and none is to be seen: {no_gpu_reason()}. Mend that (the driver, "
+                   "the GPU passed on to a container, or another torch), or see it work with --demo; --token-budget "
+                   "trains for tokens, on the CPU too")  # fmt: skip
+    if name == "cpu":
+        say("No GPU is used: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests")
+    elif compute_dtype(device) == torch.float32:
+        say(f"{name} does not compute in bfloat16: training in float32, at a fraction of the tokens a second and with "
+            f"more memory. Raise TIME_BUDGET (now {settings.time_budget:g} s) to make up for it")  # fmt: skip
+    if genome:
+        return train_one(args, genome, settings, data, device)
+    if torch.cuda.device_count() > 1:
+        say(f"{torch.cuda.device_count()} GPUs: this run uses the first. Another run, for another one: "
+            "CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip
     out = Path(args.out or ("demo" if args.demo else "."))
-    record, run = Record(out), describe_run(settings, data, device)
-    if record.run is not None and not args.final:
-        differs = [name for name in run if record.run.get(name) != run[name]]
-        if differs or is_finished(record, settings):
-            why = f"differs in {', '.join(differs)}" if differs else "is finished"
-            print(f"The run in {record.path} {why}; it was moved to {record.move_away()}")
-        else:
-            print(f"Going on with the run in {record.path}: {len(record.rows)} evaluations")
-    if args.final:
-        if not searched(record.rows):
-            raise Stop(f"{record.path} holds no scored genome; run: uv run evolve.py")
-        if (record.run["fingerprint"], record.run["device"]) != (data.fingerprint, device):
-            raise Stop(
-                f"{record.path} was made on {record.run['data']} and {record.run['device']}, this is {data.source} "
-                f"and {device}; name the data with --data-dir or --demo"
-            )
-        if record.run.get("code") != run["code"]:
-            raise Stop(
-                f"{record.path} was made by other code, which trains otherwise; check out the version that made it"
-            )
-        settings = dataclasses.replace(settings, **{k: record.run[k] for k in record.run if hasattr(settings, k)})
-        settings = dataclasses.replace(
-            settings, max_generations=1 + max(r.generation for r in record.rows if r.is_search)
-        )
-        runner = Run(out, record, settings, data)
-        try:
-            return finish(runner, f"genesis: {data.source}, {device}")
-        finally:
-            runner.pool.stop()
-    if record.run is None:
-        record.begin(run)
-    tokens = data.meta["splits"]["train"]["tokens"]
-    print(
-        f"{data.source}: {tokens:,} training tokens. {budget_text(settings)} a trial on {device}, "
-        f"{settings.max_generations} generations of {settings.population_size}. Results in {record.path}\n",
-        flush=True,
-    )
-    evolve(out, record, settings, data)
+    with Record(out) as record:
+        if not begin_or_go_on(record, describe_run(settings, data, name), settings, args.new):
+            return write_reports(out, record.rows, record.header, settings, find_controls(out, record.header))
+        generations = f"{settings.max_generations} generations of {settings.population_size}"
+        say(f"{data.source}: {len(data.train):,} training tokens. {budget_text(settings)} a trial on {name}, "
+            f"{generations}. Results in {record.path}\n")  # fmt: skip
+        evolve(record, settings, data, device)
 
 
 def main(argv: list[str] | None = None) -> int:
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.cache_root() / "compiled"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no arrow shows a question mark
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ends) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(ends, signal.default_int_handler)
+    args = parse(argv)
     try:
-        start(parse(argv))
+        run_command(args)
     except (Stop, GenomeError, prepare.PrepareError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nStopped. Nothing is lost; run the same command again to go on.", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError):
+        end = "What was trained is lost." if args.train else "Nothing is lost; run the same command again to go on."
+        with contextlib.suppress(OSError):
+            print(f"\nStopped. {end}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # `| head`: nobody reads on, and Python would complain of that at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130
     return 0
 

@@ -5,7 +5,8 @@ are distances back along the sequence, so residuals, parallel branches and dense
 a pre-norm transformer block is  norm, attention skip=2, norm, gate skip=2.
 
 Read it in order: the ops (add one of your own there: one class, nothing else), then Gene and Genome, then the Model
-that a genome builds, then random_genome, mutate and crossover, then the hand-made designs that evolution has to beat.
+that a genome builds, how its parts are compiled and how ops are tried out, then random_genome, mutate and crossover,
+then the baselines that evolution has to beat.
 
     uv run genome.py        what a random genome looks like, and a table of the ops
 
@@ -18,6 +19,8 @@ import hashlib
 import json
 import math
 import random
+import types
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -30,14 +33,17 @@ import torch.nn.functional as F
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 512)  # channels that a gene may put out
 MAX_GENES = 48  # genes in a genome; a 12-layer transformer has 48
-MAX_DISTANCE = 8  # how far back random wiring reaches, in genes (a genome made by hand may reach to the start)
+MAX_DISTANCE = 8  # how far back random wiring reaches, in genes (a genome that is written out may reach to the start)
 MAX_JSON = 200_000  # characters of a genome file; more is refused unread
 LOGIT_CAP = 15.0  # logits are soft-capped to +-15 (Gemma 2, 2024)
-RESIDUAL_INIT = 0.1  # the last matrix of a residual branch starts this much smaller
-MIN_LOG_DECAY = -1.0  # a recurrent state keeps at least 1/e of itself a token: 64 of them still fit in float32
+RESIDUAL_INIT = 0.1  # the last matrix of a residual branch starts at this share of its usual size
 MAX_SEQ_LEN = 4_096  # tokens that a model can see at once
 CHUNK = 64  # tokens that recurrent ops treat in parallel
-HALFWAY = 46 * math.log(2)  # about half of what can decay in a chunk; its exponential is a power of two, exact in bf16
+MIN_LOG_DECAY = -1.0  # log of what a recurrent state keeps of itself from one token to the next, at least
+# Within a chunk recurrent ops divide by the decay since its start, the log of which goes from 0 down to -64. Shifted by
+# HALFWAY it goes from 32 to -32: its exponential, and one over it, are far from the limits of float32. HALFWAY is a
+# multiple of log 2, so that the shift is a factor 2**46, which is exact in bfloat16.
+HALFWAY = 46 * math.log(2)
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -74,7 +80,8 @@ class Op(nn.Module):
     __init__(self, d_in, d_out, **traits). `keeps_width` says that d_out is d_in, so that the gene has no width of its
     own. A last matrix called `out` (or `shared_out`) starts smaller in a residual branch. `settle` maps combinations of
     traits that compute the same thing to one of them. `compiles = False` keeps torch.compile away; `tuned = True` lets
-    it try several forms of each reduction on the device.
+    it try several forms of each reduction on the device. A declaration that clashes with another raises ValueError;
+    what only shows when the op is built or run, op_problem() finds.
     """
 
     name: str
@@ -85,9 +92,17 @@ class Op(nn.Module):
     traits: dict[str, tuple] = {}
 
     def __init_subclass__(cls, name: str, mixes_tokens: bool = False, keeps_width: bool = False):
-        taken = {"op", "dim", "input", "skip", *WIRING} & set(cls.traits)
-        if taken:
-            raise ValueError(f"{cls.__name__}: every gene has a {min(taken)}; call the trait something else")
+        if name in OPS:
+            raise ValueError(f"{cls.__name__} and {OPS[name].__name__} are both called {name!r}; give one another name")
+        for trait, choices in cls.traits.items():
+            if trait in ("op", "dim", "input", "skip", "traits", "self", "d_in", "d_out", *WIRING):
+                raise ValueError(f"{cls.__name__}: {trait} is the name of something else; call the trait differently")
+            plain = isinstance(choices, tuple) and all(type(c) in (str, int, float, bool) and c == c for c in choices)
+            if not plain or len(set(choices)) < max(2, len(choices)):  # c == c: not nan
+                raise ValueError(
+                    f"{cls.__name__}.{trait}: its choices are {choices!r}; they have to be a tuple of two or more "
+                    "different texts, numbers or truth values"
+                )
         cls.name, cls.mixes_tokens, cls.keeps_width = name, mixes_tokens, keeps_width
         OPS[name] = cls
 
@@ -219,7 +234,7 @@ def sparsemax(scores):
 
 
 class Attention(Op, name="attention", mixes_tokens=True):
-    """Causal attention (Vaswani et al. 2017), in every form that the earlier programs could evolve.
+    """Causal attention (Vaswani et al. 2017), in the forms below, which combine freely.
 
     kv_heads: each query head its own keys and values, pairs of heads sharing them (Ainslie et al. 2023, GQA), or one
         for all (Shazeer 2019, MQA).
@@ -232,7 +247,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
     gating: on the values, on what comes out (Qiu et al. 2025), or highway (Srivastava et al. 2015).
     qk_norm: RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023).
     latent: keys and values come out of a bottleneck of that width (DeepSeek-V2 2024, MLA).
-    memory: learned tokens that every query sees (Sukhbaatar et al. 2019); to rope they stand at position 0.
+    memory: learned tokens that every query sees (Sukhbaatar et al. 2019); for rope, at position 0.
     """
 
     traits = {
@@ -259,7 +274,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
         if traits["heads"] == 2 and traits["kv_heads"] == "half":
             traits["kv_heads"] = "one"
         if traits["similarity"] == "cosine":
-            traits["qk_norm"] = False  # cosine has its own
+            traits["qk_norm"] = False  # cosine normalises them itself
         return traits
 
     def __init__(self, d_in, d_out, **traits):
@@ -405,7 +420,9 @@ def carry_over(states, total):
     """
     N = total.size(2)
     end = total.cumsum(2)  # log decay from the first token to the end of each chunk
-    start = F.pad(end, (0, 0, 1, 0))[:, :, :N]  # to its start (end - total would let its own tokens into the rounding)
+    # To its start. Not end - total: that is rounded differently as the chunk's own tokens change, and so the state
+    # before a chunk would depend, in its last bit, on tokens that come later.
+    start = F.pad(end, (0, 0, 1, 0))[:, :, :N]
     between = start[:, :, :, None] - end[:, :, None]  # (B, H, N, M, D), <= 0 for m < n
     earlier = torch.ones(N, N, device=total.device, dtype=torch.bool).tril(-1)[:, :, None]
     decay = torch.where(earlier, between, -math.inf).exp().to(states.dtype)
@@ -422,7 +439,8 @@ def linear_attention(q, k, v, log_decay):
     q, k, v, g = chunks(q), chunks(k), chunks(v), chunks(log_decay)
     since = g.cumsum(3)  # log decay from the start of the chunk, this token's included
     total = since[:, :, :, -1]
-    from_middle = since + HALFWAY  # halves the largest exponent (total / 2 would let later tokens into the rounding)
+    # Not since - total / 2: total depends on later tokens, which would show in how this rounds.
+    from_middle = since + HALFWAY
     inside = (q * from_middle.exp().to(q.dtype)) @ (k * (-from_middle).exp().to(k.dtype)).transpose(-1, -2)
     inside = inside.tril() @ v
     added = (k * (total[:, :, :, None] - since).exp().to(k.dtype)).transpose(-1, -2) @ v  # (B, H, N, D, V)
@@ -579,10 +597,10 @@ class Identity(Op, name="identity", keeps_width=True):
 
 @torch.compiler.assume_constant_result
 def has_grouped_mm() -> bool:
-    """Whether grouped matrix products can be used, which is on Hopper.
+    """Whether grouped matrix products can be used, which is on Hopper GPUs alone.
 
-    Before it they wait for the host, which a graph cannot; after it experts without tokens get wrong gradients
-    (https://github.com/pytorch/pytorch/issues/172439).
+    On older ones they wait for the CPU, which a CUDA graph cannot do. On newer ones experts that get no tokens get
+    wrong gradients (https://github.com/pytorch/pytorch/issues/172439).
     """
     return torch.cuda.get_device_capability()[0] == 9
 
@@ -679,12 +697,13 @@ def shown(value) -> str:
     """A value from a file as it may stand in a message: short, printable, and never written out whole first."""
     if isinstance(value, str):
         return repr(value[:40])
-    small = value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 10**15)
-    return str(value) if small else f"a value of type {type(value).__name__}"
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**15):
+        return str(value)
+    return f"a value of type {type(value).__name__}"
 
 
 def check_choice(where: str, value, choices: tuple):
-    """Return value if it is one of the choices, in type as well (True is no 1, nan nothing)."""
+    """Return value if it is one of the choices, type included: True does not pass for 1."""
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return value
@@ -724,7 +743,7 @@ class Gene:
     scale: bool = False
     traits: tuple[tuple[str, object], ...] = ()
 
-    def __init__(self, op, dim=None, activation="none", input=1, skip=0, repeat=1, scale=False, **traits):
+    def __init__(self, /, op, dim=None, activation="none", input=1, skip=0, repeat=1, scale=False, **traits):
         check_choice("op", op, tuple(OPS))
         declared = OPS[op].traits
         unknown = next((name for name in traits if name not in declared), None)
@@ -742,7 +761,7 @@ class Gene:
         settled = tuple(OPS[op].settle(full).items())
         if (op, activation) in (("identity", "none"), ("identity", "relu"), ("norm", "none")):
             repeat = 1  # once more changes nothing
-        scale = scale and skip > 0  # elsewhere a gain is for the next matrix or norm to take up
+        scale = scale and skip > 0  # without a skip a gain does nothing that the next matrix or norm could not
         values = (op, dim, activation, input, skip, repeat, scale, settled)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
@@ -806,7 +825,7 @@ class Genome:
     def __post_init__(self):
         object.__setattr__(self, "genes", tuple(self.genes))
         if not 1 <= len(self.genes) <= MAX_GENES:
-            raise GenomeError(f"genes: {len(self.genes)} of them, not 1 to {MAX_GENES}")
+            raise GenomeError(f"genes: a genome has 1 to {MAX_GENES} of them")
         for name, choices in GENOME_TRAITS.items():
             check_choice(name, getattr(self, name), choices)
         for i, gene in enumerate(self.genes, start=1):
@@ -816,7 +835,11 @@ class Genome:
         object.__setattr__(self, "network", self._network())
 
     def _network(self, up_to_gains: bool = False) -> tuple[Node, ...]:
-        """What is built; up_to_gains, without norms of what is normed already or by the head."""
+        """The nodes in the order in which they run: each after what it reads, whatever the order of the genes.
+
+        With up_to_gains plain norms are left out where they do nothing but a gain: where what they read is normed
+        already, and before the head, which norms.
+        """
         genes = self.genes
         stands_for = [0]  # for each state, the state that holds the same value (identities that do nothing fall away)
         normed = {0}  # states, of which the embedding is one
@@ -831,7 +854,7 @@ class Genome:
             last = stands_for[last - genes[last - 1].input]
         place, order = {0: 0}, []
 
-        def visit(i):  # what a gene reads comes before it, whatever order unrelated genes have in the genome
+        def visit(i):
             if i not in place:
                 gene = genes[i - 1]
                 visit(stands_for[i - gene.input])
@@ -854,7 +877,7 @@ class Genome:
 
     @functools.cached_property
     def key(self) -> str:
-        """A hash of what the genome computes and how it is trained; equal keys are one network, but for a gain."""
+        """A hash of what the genome computes and how it is trained; genomes of one key differ in a gain at most."""
         parts = [
             (n.gene.op, n.d_out, n.gene.activation, n.gene.repeat, n.gene.scale, n.gene.traits, n.source, n.skip)
             for n in self._network(up_to_gains=True)
@@ -901,9 +924,9 @@ class Genome:
         return json.dumps({**own, "genes": [gene.to_dict() for gene in self.genes]})
 
     @classmethod
-    @functools.lru_cache(maxsize=10_000)
+    @functools.cache  # a run reads the genomes of its whole record again and again; each takes 8 KB, its text 2 KB
     def from_json(cls, text: str) -> "Genome":
-        """Read what to_json wrote. Raises GenomeError, naming the field, on anything else; never allocates."""
+        """Read what to_json wrote. Raises GenomeError on anything else; builds nothing that the text asks for."""
         if not isinstance(text, str) or len(text) > MAX_JSON:
             raise GenomeError(f"a genome is a text of at most {MAX_JSON:,} characters")
         try:
@@ -916,26 +939,21 @@ class Genome:
 
     @classmethod
     def from_dict(cls, data) -> "Genome":
+        """Read what json.loads makes of such a text. Raises GenomeError, naming the field, on anything else."""
         if not isinstance(data, dict) or not isinstance(data.get("genes"), list):
             raise GenomeError("genes: a genome is an object with a list of genes")
-        if len(data["genes"]) > MAX_GENES:
-            raise GenomeError(f"genes: {len(data['genes'])} of them, not 1 to {MAX_GENES}")
-        training = {name: value for name, value in data.items() if name != "genes"}
-        unknown = [name for name in training if name not in GENOME_TRAITS]
-        if unknown:
-            raise GenomeError(f"no field {shown(unknown[0])}; a genome has genes, {', '.join(GENOME_TRAITS)}")
+        unknown = next((name for name in data if name not in ("genes", *GENOME_TRAITS)), None)
+        if unknown is not None:
+            raise GenomeError(f"no field {shown(unknown)}; a genome has genes, {', '.join(GENOME_TRAITS)}")
         genes = []
-        for i, gene in enumerate(data["genes"]):
-            if not isinstance(gene, dict) or not isinstance(gene.get("op"), str):
-                raise GenomeError(f"genes[{i}].op: a gene is an object with the name of an op")
-            wrong = [name for name in gene if not isinstance(name, str) or name == "self"]
-            if wrong:
-                raise GenomeError(f"genes[{i}]: no field {shown(wrong[0])}")
+        for i, gene in enumerate(data["genes"][: MAX_GENES + 1]):  # one too many is enough to refuse them all
+            if not isinstance(gene, dict) or not all(isinstance(name, str) for name in gene):
+                raise GenomeError(f"genes[{i}]: a gene is an object with the name of an op")
             try:
-                genes.append(Gene(**gene))
+                genes.append(Gene(**{"op": None, **gene}))
             except GenomeError as error:
                 raise GenomeError(f"genes[{i}]: {error}") from None
-        return cls(tuple(genes), **training)
+        return cls(**{**data, "genes": genes})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -949,8 +967,8 @@ class Block(nn.Module):
         super().__init__()
         cls = OPS[gene.op]
         d_out = d_in if cls.keeps_width else gene.dim
-        self.gene = gene
-        self.enter = Linear(d_in, d_out) if gene.repeat > 1 and d_in != d_out else None
+        self.gene, self.d_out = gene, d_out
+        self.resize = Linear(d_in, d_out) if gene.repeat > 1 and d_in != d_out else None
         self.op = cls(d_out if gene.repeat > 1 else d_in, d_out, **dict(gene.traits))
         self.gain = nn.Parameter(torch.ones(d_out)) if gene.scale else None
         self.project = Linear(d_skip, d_out) if d_skip is not None and d_skip != d_out else None
@@ -959,14 +977,16 @@ class Block(nn.Module):
                 last.weight.data *= RESIDUAL_INIT
 
     def forward(self, x, skip=None):
-        y = self.enter(x) if self.enter is not None else x
+        y = self.resize(x) if self.resize is not None else x
         for _ in range(self.gene.repeat):
             y = ACTIVATIONS[self.gene.activation](self.op(y))
+            if y.shape != (*x.shape[:2], self.d_out):  # it could still be broadcast when the skip is added
+                raise ValueError(f"{self.gene.op} put out {tuple(y.shape)}, not {(*x.shape[:2], self.d_out)}")
         if self.gain is not None:
             y = y * self.gain.to(y.dtype)
         if skip is not None:
             y = y + (self.project(skip) if self.project is not None else skip)
-        return y.contiguous()  # so that a gene is compiled for one layout of what it reads
+        return y.contiguous()  # the next gene was compiled for this layout
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -975,38 +995,48 @@ def block_params(gene: Gene, d_in: int, d_skip: int | None) -> int:
         return sum(p.numel() for p in Block(gene, d_in, d_skip).parameters())
 
 
-class Enter(nn.Module):
+class Embed(nn.Module):
     """Tokens to normed embeddings: (B, T) int64 -> (B, T, embed_dim) in `dtype`."""
 
     def __init__(self, vocab_size: int, embed_dim: int, dtype: torch.dtype):
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(vocab_size, embed_dim))
+        self.table = nn.Parameter(torch.randn(vocab_size, embed_dim))
         self.dtype = dtype
 
     def forward(self, idx):
-        return rms_norm(F.embedding(idx, self.embedding).to(self.dtype))
+        return rms_norm(F.embedding(idx, self.table).to(self.dtype))
 
 
-class Leave(nn.Module):
-    """Norm, head and soft-cap: (B, T, d) -> (B, T, vocab_size) logits, or (B, T) nats where targets are given."""
+class Head(nn.Module):
+    """Norm, matrix and soft-cap: (B, T, d) -> (B, T, vocab_size) logits, or (B, T) nats where targets are given.
+
+    A tied head has no matrix of its own: it is given the table of the embedding, tied_dim wide, and where its input has
+    another width, it projects that first.
+    """
 
     def __init__(self, vocab_size: int, d_in: int, tied_dim: int | None):
         super().__init__()
-        self.tied = tied_dim is not None
-        self.project = Linear(d_in, tied_dim) if self.tied and tied_dim != d_in else None
-        self.head = None if self.tied else nn.Parameter(torch.randn(vocab_size, d_in) * 0.001)
+        self.project = Linear(d_in, tied_dim) if tied_dim not in (None, d_in) else None
+        self.matrix = nn.Parameter(torch.randn(vocab_size, d_in) * 0.001) if tied_dim is None else None
 
-    def forward(self, x, embedding=None, targets=None):
+    def forward(self, x, table=None, targets=None):
         x = rms_norm(x)
-        if self.tied:
-            x = self.project(x) if self.project is not None else x
-            head = embedding * 0.02  # an embedding of size 1 would begin with logits of size 1 * sqrt(d)
-        else:
-            head = self.head
-        logits = LOGIT_CAP * torch.tanh(F.linear(x, head.to(x.dtype)).float() / LOGIT_CAP)
+        x = self.project(x) if self.project is not None else x
+        # the table has entries of size 1; as they are, logits would begin at size sqrt(d)
+        matrix = self.matrix if self.matrix is not None else table * 0.02
+        logits = LOGIT_CAP * torch.tanh(F.linear(x, matrix.to(x.dtype)).float() / LOGIT_CAP)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+class ParameterGroups(NamedTuple):
+    """The parameters of a Model by how they are trained: matrices by Muon, the others by AdamW."""
+
+    matrices: list[nn.Parameter]  # each (..., out, in)
+    vectors: list[nn.Parameter]
+    embedding: nn.Parameter
+    head: nn.Parameter | None  # None where the head is the embedding
 
 
 class Model(nn.Module):
@@ -1019,18 +1049,186 @@ class Model(nn.Module):
     def __init__(self, genome: Genome, vocab_size: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.genome = genome
-        self.enter = Enter(vocab_size, genome.embed_dim, dtype)
+        self.embed = Embed(vocab_size, genome.embed_dim, dtype)
         self.blocks = nn.ModuleList(Block(node.gene, node.d_in, node.d_skip) for node in genome.network)
-        self.leave = Leave(vocab_size, genome.d_out, genome.embed_dim if genome.tied else None)
+        self.head = Head(vocab_size, genome.d_out, genome.embed_dim if genome.tied else None)
 
     def forward(self, idx, targets=None, reduction="mean"):
         assert idx.dim() == 2 and idx.dtype == torch.int64, "idx has to be (B, T) int64"
         assert idx.size(1) <= MAX_SEQ_LEN, f"{idx.size(1)} tokens at once, over MAX_SEQ_LEN = {MAX_SEQ_LEN}"
-        states = [self.enter(idx)]  # (B, T, embed_dim)
+        states = [self.embed(idx)]  # (B, T, embed_dim)
         for node, block in zip(self.genome.network, self.blocks, strict=True):
             states.append(block(states[node.source], None if node.skip is None else states[node.skip]))
-        out = self.leave(states[-1], self.enter.embedding if self.leave.tied else None, targets)
+        out = self.head(states[-1], self.embed.table if self.genome.tied else None, targets)
         return out.mean() if targets is not None and reduction == "mean" else out
+
+    def parameter_groups(self) -> ParameterGroups:
+        """Every parameter once. Matrices are those called `weight` in the blocks, and the projection of a tied head."""
+        matrices, vectors = [], []
+        for name, p in self.blocks.named_parameters():
+            (matrices if name.endswith(".weight") and p.dim() >= 2 else vectors).append(p)
+        if self.head.project is not None:
+            matrices.append(self.head.project.weight)
+        return ParameterGroups(matrices, vectors, self.embed.table, self.head.matrix)
+
+    def compile(self, rows: int, seq_len: int) -> str:
+        """Compile every part for batches of (rows, seq_len), the only ones that it takes from then on; see below.
+
+        Returns which parts run eagerly all the same and why, or an empty string. Runs nothing of the model.
+        """
+        table, eager = self.embed.table, set()
+
+        def compile_one(part, key, inputs):
+            reason = compile_part(part, (*key, rows, seq_len, len(table)), inputs)
+            if reason:
+                eager.add(f"{key[0]} ({reason})")
+
+        def stream(width):  # memory alone: its values are never read
+            dtype = self.embed.dtype
+            return torch.empty(rows, seq_len, width, dtype=dtype, device=table.device, requires_grad=True)
+
+        idx = torch.empty(rows, seq_len, dtype=torch.int64, device=table.device)
+        compile_one(self.embed, ("embed", self.genome.embed_dim), [idx])
+        for node, block in zip(self.genome.network, self.blocks, strict=True):
+            if not OPS[node.gene.op].compiles:
+                eager.add(node.gene.op)
+                continue
+            x, around = stream(node.d_in), node.skip == node.source  # a residual reads one tensor twice
+            skip = None if node.skip is None else x if around else stream(node.d_skip)
+            compile_one(block, (node.gene.op, node.gene.bare, node.d_in, node.d_skip, around), [x, skip])
+        tied = table if self.genome.tied else None
+        key = ("head", self.genome.d_out, self.genome.tied and self.genome.embed_dim)
+        compile_one(self.head, key, [stream(self.genome.d_out), tied, idx])
+        return "eager: " + ", ".join(sorted(eager)) if eager else ""
+
+    def uncompile(self):
+        """Let every part run eagerly again, and so take batches of any shape."""
+        for part in (self.embed, *self.blocks, self.head):
+            part.__dict__.pop("forward", None)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Compiling. The parts of a model (embedding, each block, head) are compiled one by one. Compiling a model as a whole
+# takes 10 s for every new genome; but genomes share their genes, so most parts of a new one were compiled before, and
+# a model compiled in parts trains at 96 % of the speed.
+#
+# Another process trains on the GPU meanwhile, so nothing of the model may run there. But torch.compile compiles a
+# function when it is first called, and then runs it. So the first call is made with `compile_only` set: once forward
+# and backward are compiled, OnlyCompiled is raised in the place of running them.
+
+COMPILED: dict[tuple, Callable | str] = {}  # what a part is made of: its compiled function, or why there is none
+compile_only = False
+
+
+class OnlyCompiled(Exception):
+    """Raised in the place of running what was just compiled."""
+
+
+def inductor(graph, inputs, tune: bool):
+    """torch.compile's own backend, forward and backward at once, but with a stop before it runs.
+
+    Each kernel comes in one form, chosen by rule: to try several would hold the device for half a second a gene. With
+    `tune` several forms of each reduction are tried all the same, as the rule is bad for the norms of short heads.
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    by_rule = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": not tune}
+    with config.patch(force_non_lazy_backward_lowering=True):
+        run = compile_fx(graph, inputs, config_patches=by_rule)
+
+    def run_unless_compile_only(*args):
+        if compile_only:
+            raise OnlyCompiled
+        return run(*args)
+
+    return run_unless_compile_only
+
+
+def call(part, *args):
+    return type(part).forward(part, *args)
+
+
+def compile_part(part: nn.Module, key: tuple, inputs: list) -> str:
+    """Let part.forward run compiled, for inputs like these, without running it now.
+
+    key: its name, and all that it is made of; parts of one key share one compiled function. Returns why it cannot be
+    compiled and stays as it is, or an empty string. Raises OutOfMemoryError and OSError, and tries again the next time.
+    """
+    global compile_only
+    if key not in COMPILED:
+        # a code object of its own for each key: torch.compile keeps its list of compiled variants on it
+        function = types.FunctionType(call.__code__.replace(co_name=key[0]), globals())
+        backend = functools.partial(inductor, tune=isinstance(part, Block) and part.op.tuned)
+        COMPILED[key] = torch.compile(function, backend=backend, dynamic=False)
+        compile_only = True
+        try:
+            COMPILED[key](part, *inputs)
+            COMPILED[key] = "the compiler skipped it"  # without a word, as it skips bfloat16 on cards that lack it
+        except OnlyCompiled:
+            pass
+        except Exception as error:  # whatever the compiler says of an op: the op still trains, slower
+            while hasattr(error, "inner_exception"):  # what torch.compile wraps around it
+                error = error.inner_exception
+            if isinstance(error, (torch.OutOfMemoryError, OSError)):  # of the machine, not of the op: it may pass
+                del COMPILED[key]
+                raise error from None
+            COMPILED[key] = f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            compile_only = False
+    function = COMPILED[key]
+    if isinstance(function, str):
+        return function
+    part.forward = lambda *args: function(part, *args)
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The rules of an op, tried out. An op of your own that cannot be built would otherwise end a search, when it is first
+# drawn; one that puts out the wrong shape would fail every genome that it is part of.
+
+
+def op_problem(trying: Callable[[str], None] = lambda case: None) -> str:
+    """The first op that cannot be built and run as Op says, with the trait and the rule; or an empty string.
+
+    Every op is tried with its defaults and with each other choice of each trait: counted at every width, run at two.
+    trying("attention, heads=4") is called before each, so that the caller can tell which one hangs.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small are done sooner by one
+    try:
+        for op, cls in OPS.items():
+            for traits in ({}, *({name: choice} for name, choices in cls.traits.items() for choice in choices[1:])):
+                case = ", ".join([op, *(f"{name}={choice}" for name, choice in traits.items())])
+                trying(case)
+                for d_in, dtype in ((64, torch.float32), (128, torch.bfloat16)):
+                    problem = rule_broken(op, traits, d_in, d_in if cls.keeps_width else 128, dtype)
+                    if problem:
+                        return f"{case}: {problem}"
+        return ""
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rule_broken(op: str, traits: dict, d_in: int, d_out: int, dtype: torch.dtype) -> str:
+    """Which rule an op breaks when it is built, counted, and run on x (2, 8, d_in); or an empty string."""
+    doing = "built"
+    try:
+        gene = Gene(op, None if OPS[op].keeps_width else d_out, skip=1, **traits)
+        block = Block(gene, d_in, d_skip=d_in)
+        doing = "counted, which builds it without memory on the device meta,"
+        for width in WIDTHS:
+            block_params(gene if gene.dim is None else gene.change(dim=width), width, width)
+        doing = f"run in {dtype}"
+        y = block.op(torch.randn(2, 8, d_in, dtype=dtype))
+    except Exception as error:  # whatever an op may raise
+        return f"cannot be {doing}: {type(error).__name__}: {error}"
+    if not isinstance(y, torch.Tensor) or y.shape != (2, 8, d_out):
+        found = tuple(y.shape) if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
+        return f"has to map (B, T, {d_in}) to (B, T, {d_out}), here {(2, 8, d_in)} to {(2, 8, d_out)}, not to {found}"
+    if y.dtype != dtype:
+        return f"has to keep the dtype of what it reads, and makes {y.dtype} of {dtype}"
+    return "" if y.isfinite().all() else f"puts out numbers that are not finite, in {dtype}"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1210,10 +1408,15 @@ def add_gene(genome, rng):
     return spliced(genome, i, i, random_piece(rng, width_near(genome, i)))
 
 
+def branch_start(genome: Genome, i: int) -> int:
+    """The first gene of the residual branch that gene i closes, which is what its skip reaches over; else i itself."""
+    return max(0, i + 1 - max(1, genome.genes[i].skip))
+
+
 def remove_gene(genome, rng):
-    """One gene, and what its skip reaches over: a whole branch."""
+    """One gene, with the whole branch that it closes."""
     i = rng.randrange(len(genome.genes))
-    return spliced(genome, max(0, i + 1 - max(1, genome.genes[i].skip)), i + 1, [])
+    return spliced(genome, branch_start(genome, i), i + 1, [])
 
 
 def swap_runs(genome, rng):
@@ -1291,7 +1494,7 @@ def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Designs made by hand, for comparison. They are trained like any genome and never become parents.
+# Baselines: designs that evolution has to beat. They are trained like any genome and never become parents.
 
 
 def transformer(n_layer: int, dim: int, heads: int, lr_factor: float = 1.0, **attention) -> Genome:
@@ -1321,7 +1524,7 @@ def mlp(n_layer: int, dim: int) -> Genome:
     return Genome((Gene("norm"), Gene("gate", dim, skip=2)) * n_layer, embed_dim=dim)
 
 
-ENTRANTS = {  # twelve evaluations, as many as a generation: transformers around the best depth, width and rate
+BASELINES = {  # twelve evaluations, as many as a generation: transformers around the best depth, width and rate
     "transformer-3x256-lr0.7": transformer(3, 256, 2, lr_factor=0.7),
     "transformer-3x256": transformer(3, 256, 2),
     "transformer-3x256-lr1.4": transformer(3, 256, 2, lr_factor=1.4),
@@ -1334,56 +1537,6 @@ ENTRANTS = {  # twelve evaluations, as many as a generation: transformers around
     "gru-2x256": gru_net(2, 256),
     "gru-1x384": gru_net(1, 384),
     "mlp-4x256": mlp(4, 256),
-}
-
-
-def gpt2(n_layer: int, dim: int, heads: int) -> Genome:
-    """Pre-norm with layer norm, GELU MLP, tied head (Radford et al. 2019).
-
-    What the space cannot say: learned positions (ALiBi stands in), biases, a hidden width beyond 512.
-    """
-    block = (
-        Gene("norm", kind="layer"),
-        Gene("attention", dim, skip=2, heads=heads, position="alibi", qk_norm=False),
-        Gene("norm", kind="layer"),
-        Gene("linear", 512, activation="gelu"),
-        Gene("linear", dim, skip=3),
-    )
-    return Genome(block * n_layer, embed_dim=dim, tied=True)
-
-
-def retnet(n_layer: int, dim: int, heads: int) -> Genome:
-    """Gated retention with fixed decay, GELU MLP (Sun et al. 2023), values as wide as keys."""
-    block = (
-        Gene("norm", kind="layer"),
-        Gene("retention", dim, skip=2, heads=heads),
-        Gene("norm", kind="layer"),
-        Gene("linear", 512, activation="gelu"),
-        Gene("linear", dim, skip=3),
-    )
-    return Genome(block * n_layer, embed_dim=dim)
-
-
-def parallel(n_layer: int, dim: int, heads: int) -> Genome:
-    """Attention and retention side by side on the same norm, their sum added to the stream."""
-    block = (
-        Gene("norm"),
-        Gene("attention", dim, skip=2, heads=heads),
-        Gene("retention", dim, input=2, skip=1, heads=heads),
-        Gene("norm"),
-        Gene("gate", dim, skip=2),
-    )
-    return Genome(block * n_layer, embed_dim=dim)
-
-
-NAMED_DESIGNS = {  # published designs, 6 to 10 M parameters with 8,192 tokens
-    "gpt2": gpt2(8, 256, 4),
-    "llama": transformer(6, 256, 8, kv_heads="half", qk_norm=False),
-    "retnet": retnet(7, 256, 4),
-    "parallel": parallel(4, 256, 4),
-    "evo-attention": transformer(  # the published winner: dot, sparsemax, output gate, learned temperature
-        5, 256, 4, normalisation="sparsemax", gating="output", temperature="learned", qk_norm=False
-    ),
 }
 
 

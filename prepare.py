@@ -9,10 +9,16 @@ Prepare the data, once: shards of text -> tokenizer -> tokens; and score models 
 Reads the shards. Writes a folder for each source under ~/.cache/genesis (GENESIS_CACHE moves it) with
 tokenizer.tiktoken, tokenizer.json, train.bin, val.bin, test.bin (uint16 tokens, BOS before each document) and, last
 of all, meta.json: without it the folder counts as empty. Stop it whenever you like: the next call resumes the
-download and starts the rest again. evolve.py uses `prepare`, `load`, `Batches` and `bits_per_byte`.
+download and starts the rest again. HF_ENDPOINT names a mirror of the hub, HF_TOKEN is sent to it, and HTTPS_PROXY and
+REQUESTS_CA_BUNDLE mean what they usually do. evolve.py uses `open_source`, `load`, `Batches` and `bits_per_byte`.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.platform == "win32":
+    raise SystemExit("genesis needs Linux or macOS; on Windows run it in WSL: https://learn.microsoft.com/windows/wsl")
 
 import argparse
 import base64
@@ -26,19 +32,19 @@ import random
 import re
 import shlex
 import shutil
-import sys
+import signal
 import sysconfig
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,11 +69,14 @@ SPLIT_PATTERN = (  # GPT-4's, but a number is cut every two digits, not three: k
 )
 TOKENIZER_CHARS = 100_000_000  # characters of training text the tokenizer is trained on: the first ones
 TOKENIZER_DOC_CHARS = 10_000  # characters it may see of one document
-PIECE_CHARS = 20_000  # longer documents are encoded in pieces: a long unbroken run is slow, or overflows the regex
+PIECE_CHARS = 20_000  # longer documents are encoded in pieces: a long unbroken run overflows the regex
+BATCH_CHARS = 250_000  # characters a thread encodes at a time, in whole documents
+IN_FLIGHT_CHARS = 32_000_000  # characters read ahead of what is written, all threads together: they bound the memory
 DEMO_CHARS = 8_000_000  # characters of source code in the demo
 DEMO_HELD_OUT = 10  # one file in so many is held out
-FORMAT = 1  # of the files written; raise it when they change
+FORMAT = 2  # of the files written; raise it when they change
 SPLITS = ("train", "val", "test")
+FILES = ("tokenizer.tiktoken", "tokenizer.json", *(f"{split}.bin" for split in SPLITS), "meta.json")  # meta.json last
 
 # Constants: download
 
@@ -84,6 +93,7 @@ ATTEMPTS = 8  # in a row that bring a shard no further, then it is given up
 DAMAGED_ATTEMPTS = 2  # downloads of a shard that turn out to be no parquet, then it is given up
 BACKOFF, BACKOFF_MAX = 1.0, 60.0  # seconds before the first retry, doubled with each; the longest
 RETRY_AFTER_MAX = 300.0  # seconds a server may make us wait
+REACH = 15.0  # seconds of trying to reach the hub at all
 
 
 class PrepareError(Exception):
@@ -108,13 +118,19 @@ def in_units(n_bytes: float) -> str:
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("GENESIS_CACHE") or "~/.cache/genesis").expanduser()
+    try:
+        return Path(os.environ.get("GENESIS_CACHE") or "~/.cache/genesis").expanduser()
+    except RuntimeError:  # a user without a home, as containers have them
+        return Path(tempfile.gettempdir()) / f"genesis-{os.getuid()}"
 
 
 def source_folder(*, data_dir: str | Path | None = None, demo: bool = False) -> Path:
-    """Return the folder of a source's tokens, prepared or not."""
-    assert not (data_dir and demo), "choose one source"
-    if not data_dir:
+    """Return the folder of a source's tokens, prepared or not. Raises PrepareError where that is no one source."""
+    if data_dir is not None and demo:
+        raise PrepareError("--data-dir and --demo are two sources: choose one")
+    if data_dir == "":
+        raise PrepareError("--data-dir: the name is empty")
+    if data_dir is None:
         return cache_root() / ("demo" if demo else "fineweb-edu")
     path = Path(data_dir).expanduser().resolve()
     return cache_root() / f"data-{path.name}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
@@ -126,12 +142,32 @@ def command(*, data_dir: str | Path | None = None, demo: bool = False, shards: i
     return "uv run prepare.py" + "".join(used)
 
 
+def run_again(folder: Path) -> str:
+    return "run: uv run prepare.py" + {"demo": " --demo", "fineweb-edu": ""}.get(folder.name, " --data-dir DIR")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Make a PrepareError that names `path` of whatever is wrong with it."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise PrepareError(f"No tokens in {path.parent}; {run_again(path.parent)}") from None
+    except OSError as error:
+        raise PrepareError(f"{path} cannot be read ({error.strerror}); {run_again(path.parent)}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise PrepareError(f"{path} is not as prepare.py wrote it; {run_again(path.parent)}") from None
+
+
 # --------------------------------------------------------------------------------------------------
 # Shards from the hub
 
 
 class Retry(Exception):
-    """A failure that may pass: why, and the seconds that the server asks to wait."""
+    """
+    A failure that may pass: why, and the seconds that the server asks to wait. urllib3 has retries of its own, but they
+    do not ask for the rest of a body that broke off, so that there would be two loops in place of one.
+    """
 
     def __init__(self, why: str, wait: float = 0.0):
         super().__init__(why)
@@ -148,6 +184,42 @@ def retry_after(response: requests.Response) -> float:
     return min(max(wait, 0.0), RETRY_AFTER_MAX)
 
 
+def hopeless(error: Exception) -> str | None:
+    """Say what is wrong, and what helps, where trying again does not; None where it may."""
+    why = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in why or "CA certificate bundle" in why:
+        return f"{why}. REQUESTS_CA_BUNDLE has to name a file with the certificates that your network uses"
+    if "SOCKS support" in why:
+        return (
+            "the proxy (HTTPS_PROXY, ALL_PROXY) is SOCKS, which needs a package; run: uv run --with pysocks prepare.py"
+        )
+    return why if isinstance(error, ValueError) else None  # what requests says of a wrong HF_ENDPOINT
+
+
+def hub_headers() -> dict[str, str]:
+    """Return the headers that HF_TOKEN asks for; requests leaves them out where the hub redirects to another host."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def reach(url: str) -> None:
+    """Try for REACH seconds to get any answer, so that a missing network is told once and soon. Raises PrepareError."""
+    end = time.monotonic() + REACH
+    while True:
+        try:
+            requests.head(url, headers=hub_headers(), timeout=(3, 10)).close()
+            return
+        except OSError as error:  # requests' own are OSErrors too
+            why = hopeless(error)
+            if why or time.monotonic() > end:
+                raise PrepareError(
+                    f"{url} cannot be reached: {why or error}\n"
+                    "Is there a network, or a proxy to name (HTTPS_PROXY)? HF_ENDPOINT names a mirror of the hub; "
+                    "--data-dir and --demo need no download"
+                ) from None
+            time.sleep(BACKOFF)
+
+
 def shard_problem(path: Path) -> str | None:
     """Say why `path` is no shard; None where it is one."""
     try:
@@ -156,8 +228,8 @@ def shard_problem(path: Path) -> str | None:
         return "it has no `text` column"
     except (pa.ArrowException, OSError) as error:
         return f"it does not open as parquet ({str(error).splitlines()[0]})"
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
-    return None if is_text else f"its `text` column holds {kind}, not strings"
+    values = str(kind.value_type if pa.types.is_dictionary(kind) else kind).removeprefix("large_").removesuffix("_view")
+    return None if values in ("string", "binary") else f"its `text` column holds {kind}, not strings"
 
 
 class Download:
@@ -192,9 +264,9 @@ class Download:
             except (Retry, requests.RequestException) as error:
                 failures = 0 if self.have() > furthest else failures + 1
                 furthest = max(furthest, self.have())
-                no_url = isinstance(error, ValueError)  # what requests says of a wrong HF_ENDPOINT
-                if no_url or failures >= ATTEMPTS or damaged >= DAMAGED_ATTEMPTS:
-                    raise PrepareError(f"{self.path.name}: {error} ({self.url})") from None
+                why = hopeless(error)
+                if why or failures >= ATTEMPTS or damaged >= DAMAGED_ATTEMPTS:
+                    raise PrepareError(f"{self.path.name}: {why or error} ({self.url})") from None
                 wait = max(min(BACKOFF * 2 ** (failures - 1), BACKOFF_MAX), getattr(error, "wait", 0.0))
                 wait *= random.uniform(1.0, 1.5)  # so that they do not all come back at once
                 say(f"{self.path.name}: {error}; trying again in {wait:.0f} s")
@@ -203,7 +275,7 @@ class Download:
     def attempt(self) -> None:
         """Ask once for the bytes that are missing and append them to the part."""
         have = self.have()
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        headers = {"Accept-Encoding": "identity"} | hub_headers() | ({"Range": f"bytes={have}-"} if have else {})
         with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             status, length = response.status_code, response.headers.get("Content-Length", "")
             span = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
@@ -248,18 +320,29 @@ def download(folder: Path, names: list[str]) -> list[Path]:
         here = sum(shard.have() for shard in shards)
         bar.update(here)
         check_disk(folder, len(shards) * SHARD_BYTES - here + len(paths) * SHARD_TOKEN_BYTES)
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
-            running = {pool.submit(shard.run): shard for shard in shards}
-            try:
-                for done, future in enumerate(as_completed(running), start=1):
-                    try:
-                        future.result()
-                        say(f"{running[future].path.name}: downloaded, {done} of {len(shards)}")
-                    except PrepareError as error:
-                        failed.append(str(error))
-            except BaseException:  # Ctrl-C or a full disk: end the other downloads too
-                stop.set()
-                raise
+        reach(shards[0].url)
+        todo, done = iter(shards), SimpleQueue()
+
+        def work() -> None:
+            for shard in todo:
+                try:
+                    done.put((shard, shard.run()))
+                except Exception as error:  # for the main thread to judge
+                    done.put((shard, error))
+
+        for _ in range(DOWNLOADS):  # daemons: Ctrl-C does not wait for a server that is silent
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for n_done in range(1, len(shards) + 1):
+                shard, error = done.get()
+                if isinstance(error, PrepareError):
+                    failed.append(str(error))
+                elif error:
+                    raise error
+                else:
+                    say(f"{shard.path.name}: downloaded, {n_done} of {len(shards)}")
+        finally:
+            stop.set()
     if failed:
         lines = "\n  ".join(sorted(failed))
         raise PrepareError(f"{len(failed)} of {len(names)} shards could not be downloaded:\n  {lines}")
@@ -321,10 +404,10 @@ def documents(paths: Iterable[Path]) -> Iterator[str]:
     """Stream the documents of shards, without the empty ones; bytes that are not UTF-8 become U+FFFD."""
     for path in paths:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-                for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    if raw:
-                        yield raw.decode("utf-8", "replace")
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=64, columns=["text"]):
+                for raw in batch.column(0).cast(pa.large_binary()):
+                    if text := (raw.as_py() or b"").decode("utf-8", "replace"):
+                        yield text
         except (pa.ArrowException, OSError) as error:
             raise PrepareError(f"{path} is damaged, delete or replace it: {error}") from None
 
@@ -376,16 +459,24 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
 
 def read_ranks(folder: Path) -> dict[bytes, int]:
     """Read the bytes of every token but BOS, in order."""
-    lines = (folder / "tokenizer.tiktoken").read_text().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+    path = folder / "tokenizer.tiktoken"
+    with reading(path):
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if list(ranks.values()) != list(range(len(lines))):
+            raise ValueError
+    return ranks
 
 
 def read_tokenizer(folder: Path) -> tiktoken.Encoding:
-    settings = json.loads((folder / "tokenizer.json").read_text())
-    special = settings["special_tokens"]
-    return tiktoken.Encoding(
-        "genesis", pat_str=settings["pattern"], mergeable_ranks=read_ranks(folder), special_tokens=special
-    )
+    ranks, path = read_ranks(folder), folder / "tokenizer.json"
+    with reading(path):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings["special_tokens"] != {BOS: len(ranks)}:
+            raise ValueError
+        return tiktoken.Encoding(
+            "genesis", pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens={BOS: len(ranks)}
+        )
 
 
 def read_token_bytes(folder: Path) -> np.ndarray:
@@ -400,10 +491,9 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     return np.concatenate([[tokenizer.encode_single_token(BOS)], *ids]).astype("<u2")
 
 
-def write_split(path: Path, texts: Iterable[str], bar: tqdm) -> tuple[dict, bytes]:
-    """Tokenize on all cores and write the tokens in order; return the split's counts and its tokens' hash."""
+def write_split(path: Path, texts: Iterable[str], bar: tqdm) -> dict[str, int]:
+    """Tokenize on all cores and write the tokens in order; return the split's counts."""
     tokenizer, token_bytes = read_tokenizer(path.parent), read_token_bytes(path.parent)
-    counts, content = np.zeros(3, dtype=np.int64), hashlib.blake2b(digest_size=16)
 
     def encode_batch(batch: list[str]) -> tuple[np.ndarray, tuple[int, int, int]]:
         tokens = np.concatenate([encode(tokenizer, text) for text in batch])
@@ -411,18 +501,43 @@ def write_split(path: Path, texts: Iterable[str], bar: tqdm) -> tuple[dict, byte
         assert token_bytes[tokens].sum() == n_bytes, "the tokens' bytes must add up to the text's"
         return tokens, (len(batch), len(tokens), n_bytes)
 
-    texts = iter(texts)
-    batches = iter(lambda: list(islice(texts, 64)), [])
-    with ThreadPoolExecutor(os.cpu_count()) as pool, open(path, "wb") as file:  # tiktoken frees Python's lock
-        queue = deque(pool.submit(encode_batch, batch) for batch in islice(batches, 128))
-        while queue:
-            tokens, n = queue.popleft().result()
-            queue.extend(pool.submit(encode_batch, batch) for batch in islice(batches, 1))
-            file.write(tokens.data)
-            content.update(tokens.data)
-            counts += n
-            bar.update(n[0])
-    return dict(zip(("documents", "tokens", "bytes"), counts.tolist(), strict=True)), content.digest()
+    def encoded() -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+        queue, in_flight = deque(), 0  # batches in order, each with its characters; the characters of all
+        for batch in batched(texts, BATCH_CHARS):
+            n_chars = sum(map(len, batch))
+            queue.append((pool.submit(encode_batch, batch), n_chars))  # tiktoken frees Python's lock
+            in_flight += n_chars
+            while in_flight > IN_FLIGHT_CHARS:
+                first, n_chars = queue.popleft()
+                in_flight -= n_chars
+                yield first.result()
+        for rest, _ in queue:
+            yield rest.result()
+
+    counts = np.zeros(3, dtype=np.int64)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, open(path, "wb") as file:
+        try:
+            for tokens, n in encoded():
+                file.write(tokens.data)
+                counts += n
+                bar.update(n[0])
+        except BaseException:  # Ctrl-C or a full disk: do not encode what was read ahead
+            pool.shutdown(cancel_futures=True)
+            raise
+    return dict(zip(("documents", "tokens", "bytes"), counts.tolist(), strict=True))
+
+
+def batched(texts: Iterable[str], chars: int) -> Iterator[list[str]]:
+    """Yield lists of documents in order, each ended by the document that fills its `chars`."""
+    batch, room = [], chars
+    for text in texts:
+        batch.append(text)
+        room -= len(text)
+        if room <= 0:
+            yield batch
+            batch, room = [], chars
+    if batch:
+        yield batch
 
 
 def tokenize(paths: list[Path], folder: Path) -> dict:
@@ -443,16 +558,12 @@ def tokenize(paths: list[Path], folder: Path) -> dict:
     if next(texts["train"](), None) is None:
         raise PrepareError(f"No document to train on in {paths[0].parent}: all are empty, or in {last.name} too")
     train_tokenizer(texts["train"](), folder)
-    started, splits, fingerprint = time.time(), {}, hashlib.blake2b(digest_size=8)
-    for name in ("tokenizer.tiktoken", "tokenizer.json"):
-        fingerprint.update((folder / name).read_bytes())
+    started = time.time()
     with progress(total=sum(shard.num_rows for shard in shards), unit="doc", desc="tokens") as bar:
-        for split in SPLITS:
-            splits[split], content = write_split(folder / f"{split}.bin", texts[split](), bar)
-            fingerprint.update(content)
+        splits = {split: write_split(folder / f"{split}.bin", texts[split](), bar) for split in SPLITS}
     say(f"Tokens: {in_units(text_bytes)} of text, {time.time() - started:.0f} s")
-    n_vocab = len(read_token_bytes(folder))
-    return {"vocab_size": n_vocab, "bos": n_vocab - 1, "splits": splits, "fingerprint": fingerprint.hexdigest()}
+    n_vocab, (hashes, fingerprint) = len(read_token_bytes(folder)), hash_files(folder)
+    return {"vocab_size": n_vocab, "bos": n_vocab - 1, "splits": splits, "hashes": hashes, "fingerprint": fingerprint}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,32 +572,31 @@ def tokenize(paths: list[Path], folder: Path) -> dict:
 
 def prepare(*, data_dir: str | Path | None = None, demo: bool = False, shards: int | None = None) -> Path:
     """
-    Prepare a source unless it is prepared and unchanged; return its folder. Raises PrepareError. Without `shards`,
-    FineWeb-Edu keeps the number of training shards it is prepared with, SHARDS at first.
+    Prepare a source unless it is prepared, unchanged and undamaged; return its folder. Raises PrepareError. Without
+    `shards`, FineWeb-Edu keeps the number of training shards it is prepared with, SHARDS at first.
     """
     folder = source_folder(data_dir=data_dir, demo=demo)
     if data_dir:
         paths = local_shards(data_dir)
-        source = paths[0].parent.name
-        inputs = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        source, inputs = paths[0].parent.name, shard_inputs(paths)
     elif demo:
         source, inputs = "demo", [f"Python {sys.version.split()[0]}", DEMO_CHARS, DEMO_HELD_OUT]
     else:
-        shards = shards or len(prepared_recipe(folder).get("inputs", range(SHARDS + 1))) - 1
+        shards = shards or prepared_shards(folder)
         source, inputs = "fineweb-edu", [f"shard_{i:05d}.parquet" for i in [*range(shards), LAST_SHARD]]
-    tokenizer = [VOCAB_SIZE, BOS, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, PIECE_CHARS]
-    recipe = {"inputs": inputs, "tokenizer": tokenizer}
+    recipe = {"inputs": inputs, "tokenizer": tokenizer_recipe()}
+    if is_prepared(folder, recipe):  # before anything is written: the folder may be read-only
+        say(f"Nothing to do: {folder} is prepared")
+        return folder
 
     with errors_explained(folder, command(data_dir=data_dir, demo=demo, shards=shards)):
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder) as mine:
-            for leftover in folder.glob(".tmp-*") if mine else ():
+        lock = try_lock(folder / ".lock")
+        if lock is None:
+            raise PrepareError(f"Another prepare.py is at work in {folder}: let it finish")
+        try:
+            for leftover in folder.glob(".tmp-*"):
                 shutil.rmtree(leftover)  # of a call that was killed
-            if prepared_recipe(folder) == recipe:
-                say(f"Nothing to do: {folder} is prepared")
-                return folder
-            if not mine:
-                raise PrepareError(f"Another prepare.py is at work in {folder}: let it finish")
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as work:
                 work = Path(work)
                 if demo:
@@ -495,62 +605,92 @@ def prepare(*, data_dir: str | Path | None = None, demo: bool = False, shards: i
                     paths = download(folder / "shards", inputs)
                 meta = {"format": FORMAT, "source": source, "shards": [path.name for path in paths]}
                 meta |= tokenize(paths, work) | {"recipe": recipe}
-                (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+                (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
                 publish(work, folder)
+        finally:
+            os.close(lock)
     for split, n in meta["splits"].items():
         say(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens {n['bytes']:14,} bytes")
     say(f"Ready: {folder}")
     return folder
 
 
+def shard_inputs(paths: Iterable[Path]) -> list:
+    """Return what tells that a user's shards changed: name, bytes and mtime in ns of each."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
+
+
+def tokenizer_recipe() -> list:
+    return [VOCAB_SIZE, BOS, SPLIT_PATTERN, TOKENIZER_CHARS, TOKENIZER_DOC_CHARS, PIECE_CHARS]
+
+
+def prepared_shards(folder: Path) -> int:
+    """Return the training shards that FineWeb-Edu is prepared with, even where its tokens are damaged or older."""
+    try:
+        return max(len(json.loads((folder / "meta.json").read_bytes())["recipe"]["inputs"]) - 1, 1)
+    except (OSError, ValueError, TypeError, KeyError):
+        return SHARDS
+
+
+def is_prepared(folder: Path, recipe: dict) -> bool:
+    try:
+        return load(folder, verify=True).meta["recipe"] == recipe
+    except PrepareError:
+        return False
+
+
 @contextmanager
 def errors_explained(folder: Path, again: str) -> Iterator[None]:
-    """End every PrepareError with the command to run next, and make one of a full disk."""
+    """End every PrepareError with the command to run next, and make one of a disk that cannot be written."""
     try:
         yield
     except PrepareError as error:
         why = str(error)
+    except BrokenPipeError:
+        raise  # nobody reads what we say: not a matter of the disk
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        why = f"The disk is full, in {folder} ({error.strerror}). Make room, or move GENESIS_CACHE"
+        where = error.filename2 or error.filename or folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = f"The disk is full, in {folder} ({error.strerror}). Make room, or move GENESIS_CACHE"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            why = f"{where} is in the way: it is no folder. Move it, or set GENESIS_CACHE to a folder"
+        else:
+            why = f"{where} cannot be written ({error.strerror or error}). Mend that, or move GENESIS_CACHE"
     else:
         return
     raise PrepareError(f"{why}\nWhat is finished is kept. Run again to resume: {again}")
 
 
-@contextmanager
-def lock(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; False where another process holds it. A process that dies holds nothing."""
-    fd = os.open(folder, os.O_RDONLY)
+def try_lock(path: Path) -> int | None:
+    """
+    Lock a file, made where it is missing, until the descriptor returned is closed or the process ends; None where
+    another process holds it. Raises OSError where the file cannot be opened for writing.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # writable: NFS locks nothing else
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = True
     except BlockingIOError:
-        mine = False
-    try:
-        yield mine
-    finally:
         os.close(fd)
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            os.close(fd)
+            raise
+        say(f"{path}: this file system has no locks; make sure that nothing else is at work there")
+    return fd
 
 
 def publish(work: Path, folder: Path) -> None:
-    """Move the finished files to their place; meta.json, which says that they are there, goes first, comes last."""
-    names = ["tokenizer.tiktoken", "tokenizer.json", *(f"{split}.bin" for split in SPLITS), "meta.json"]
-    for name in names:
+    """
+    Move the finished files to their place. The old meta.json goes first and the new one comes last: a folder that was
+    left in between has none, and counts as empty.
+    """
+    for name in FILES:
         with open(work / name, "rb") as file:
             os.fsync(file.fileno())
     (folder / "meta.json").unlink(missing_ok=True)
-    for name in names:
+    for name in FILES:
         os.replace(work / name, folder / name)
-
-
-def prepared_recipe(folder: Path) -> dict:
-    """Return what the tokens in `folder` were made from and how; {} where there are none."""
-    try:
-        return load(folder).meta["recipe"]
-    except PrepareError:
-        return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,14 +699,15 @@ def prepared_recipe(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tokens of a source, memory-mapped."""
+    """The tokens of a source: memory-mapped as load() opens them, tensors after to()."""
 
     folder: Path
     meta: dict
-    train: np.ndarray  # uint16 (tokens,)
-    val: np.ndarray  # uint16 (tokens,): evolution selects on it
-    test: np.ndarray  # uint16 (tokens,): seen once, for the final report
-    token_bytes: np.ndarray  # int64 (vocab_size,): bytes of each token, 0 for BOS
+    train: np.ndarray | torch.Tensor  # (tokens,): uint16, or int16 of the same bits in a tensor
+    val: np.ndarray | torch.Tensor  # (tokens,): evolution selects on it
+    test: np.ndarray | torch.Tensor  # (tokens,): seen once, for the final report
+    token_bytes: np.ndarray | torch.Tensor  # int64 (vocab_size,): bytes of each token, 0 for BOS
+    stamp: tuple  # (name, bytes, mtime in ns) of each file when it was opened
 
     vocab_size = property(lambda self: self.meta["vocab_size"])
     bos = property(lambda self: self.meta["bos"])
@@ -576,43 +717,114 @@ class Dataset:
     def tokenizer(self) -> tiktoken.Encoding:
         return read_tokenizer(self.folder)
 
+    def to(self, device: str | torch.device) -> Dataset:
+        """Return the same tokens as tensors on a device, int16 of the same bits: torch does little with uint16."""
+        import torch
 
-def load(folder: str | Path) -> Dataset:
-    """Open a prepared folder. Raises PrepareError where it does not hold what its meta.json says."""
+        splits = {split: torch.from_numpy(getattr(self, split).view(np.int16)).to(device) for split in SPLITS}
+        return replace(self, **splits, token_bytes=torch.from_numpy(self.token_bytes).to(device))
+
+
+def load(folder: str | Path, *, verify: bool = False, stamp: tuple | None = None) -> Dataset:
+    """
+    Open a prepared folder. Raises PrepareError where it does not hold what its meta.json says; with `verify`, where
+    the content of a file changed too (it reads them all); with the `stamp` of an earlier load, where any file was
+    replaced since.
+    """
     folder = Path(folder)
-    run = "run: uv run prepare.py" + {"demo": " --demo", "fineweb-edu": ""}.get(folder.name, " --data-dir DIR")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
+    seen = stamp_of(folder)
+    if stamp is not None and seen != stamp:
+        raise PrepareError(f"The tokens in {folder} changed while the run was at work; start it again")
+    meta = read_meta(folder)
+    token_bytes = read_token_bytes(folder)
+    if len(token_bytes) != meta["vocab_size"]:
+        raise PrepareError(f"{folder / 'tokenizer.tiktoken'} holds another vocabulary; {run_again(folder)}")
+    splits = {split: read_split(folder, split, meta["splits"][split]["tokens"]) for split in SPLITS}
+    if verify:
+        hashes, fingerprint = hash_files(folder)
+        changed = [name for name in hashes if hashes[name] != meta["hashes"].get(name)]
+        if not changed and fingerprint != meta["fingerprint"]:
+            changed = ["meta.json"]
+        if changed:
+            raise PrepareError(f"Damaged in {folder}: {', '.join(changed)}; {run_again(folder)}")
+    if stamp_of(folder) != seen:
+        raise PrepareError(f"The tokens in {folder} are being replaced; start again when prepare.py has finished")
+    return Dataset(folder, meta, **splits, token_bytes=token_bytes, stamp=seen)
+
+
+def stamp_of(folder: Path) -> tuple:
+    """Return (name, bytes, mtime in ns) of each file: what differs when one of them is replaced."""
+    with reading(folder / "meta.json"):
+        stats = [(folder / name).stat() for name in FILES]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(FILES, stats, strict=True))
+
+
+def read_meta(folder: Path) -> dict:
+    kinds = {"source": str, "vocab_size": int, "bos": int, "fingerprint": str, "hashes": dict}
+    with reading(folder / "meta.json"):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
-            raise PrepareError(f"The tokens in {folder} are of another format; {run}")
-        token_bytes = read_token_bytes(folder)
-        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
-    except (FileNotFoundError, KeyError, ValueError):
-        raise PrepareError(f"No tokens in {folder}; {run}") from None
-    if len(token_bytes) != meta["vocab_size"] or any(
-        sizes[split] != 2 * meta["splits"][split]["tokens"] for split in SPLITS
-    ):
-        raise PrepareError(f"The files in {folder} are not those that its meta.json describes; {run}")
-    # mode c, copy on write: torch wants memory that it could write to, and the file stays as it is
-    splits = {split: np.memmap(folder / f"{split}.bin", dtype="<u2", mode="c") for split in SPLITS}
-    return Dataset(folder, meta, **splits, token_bytes=token_bytes)
+            raise PrepareError(f"The tokens in {folder} are of another format; {run_again(folder)}")
+        whole = all(isinstance(meta[key], kind) for key, kind in kinds.items())
+        whole &= all(isinstance(meta["splits"][split]["tokens"], int) for split in SPLITS)
+        whole &= all(isinstance(meta["recipe"][key], list) for key in ("inputs", "tokenizer"))
+        if not (whole and meta["bos"] == meta["vocab_size"] - 1):
+            raise ValueError
+    return meta
+
+
+def read_split(folder: Path, split: str, n_tokens: int) -> np.ndarray:
+    path = folder / f"{split}.bin"
+    with reading(path):
+        # mode c, copy on write: torch wants memory that it could write to, and the file stays as it is
+        tokens = np.memmap(path, dtype="<u2", mode="c")
+        if len(tokens) != n_tokens:
+            raise ValueError
+    return tokens
+
+
+def hash_files(folder: Path) -> tuple[dict[str, str], str]:
+    """Return the hash of each file that load() opens but meta.json, and the fingerprint of them together."""
+    hashes, fingerprint = {}, hashlib.blake2b(digest_size=8)
+    for name in FILES[:-1]:
+        content = hashlib.blake2b(digest_size=16)
+        with reading(folder / name), open(folder / name, "rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+                if not name.endswith(".bin"):
+                    fingerprint.update(block)
+        if name.endswith(".bin"):  # tokens by their hash: published runs quote a fingerprint that is made so
+            fingerprint.update(content.digest())
+        hashes[name] = content.hexdigest()
+    return hashes, fingerprint.hexdigest()
+
+
+def open_source(*, data_dir: str | Path | None = None, demo: bool = False) -> Dataset:
+    """
+    Open a source's tokens for a run, verified; prepare them first where there are none. Raises PrepareError where they
+    are damaged or the shards of `data_dir` changed since.
+    """
+    folder = source_folder(data_dir=data_dir, demo=demo)
+    if not os.path.lexists(folder / "meta.json"):
+        prepare(data_dir=data_dir, demo=demo)
+    data = load(folder, verify=True)
+    recipe, again = data.meta["recipe"], command(data_dir=data_dir, demo=demo)
+    if data_dir:
+        here = shard_inputs(Path(data_dir).expanduser().glob("*.parquet"))
+        if any(shard not in recipe["inputs"] for shard in here):
+            raise PrepareError(f"The shards in {data_dir} changed since they were prepared; run: {again}")
+        if len(here) < len(recipe["inputs"]):
+            say(f"Shards that {folder} was made from are gone from {data_dir}; going on with its tokens")
+    if recipe["tokenizer"] != tokenizer_recipe():
+        say(f"{folder} was made with other constants than prepare.py has now; to make it anew, run: {again}")
+    return data
 
 
 # --------------------------------------------------------------------------------------------------
 # Batches and the metric: do not change them, results would no longer compare
 
 
-def to_device(tokens: np.ndarray | torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """Move uint16 tokens to the device, as the int16 of the same bits: torch does little with uint16."""
-    import torch
-
-    if isinstance(tokens, np.ndarray):
-        tokens = torch.from_numpy(tokens.view(np.int16))
-    assert tokens.dtype == torch.int16 and tokens.ndim == 1, "tokens: uint16 array or int16 tensor (tokens,)"
-    return tokens.to(device)
-
-
-def window_count(tokens: np.ndarray | torch.Tensor, seq_len: int, max_tokens: int | None = None) -> int:
+def window_count(tokens: torch.Tensor, seq_len: int, max_tokens: int | None = None) -> int:
     """Count the non-overlapping windows of seq_len inputs, each with its target; max_tokens bounds the targets."""
     targets = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
     if targets < seq_len:
@@ -620,16 +832,11 @@ def window_count(tokens: np.ndarray | torch.Tensor, seq_len: int, max_tokens: in
     return targets // seq_len
 
 
-def scored_windows(tokens: np.ndarray | torch.Tensor, seq_len: int, max_tokens: int | None = None) -> np.ndarray:
-    """Number the windows of a split that are scored: all, or as many as max_tokens fill, spread evenly over it."""
-    n_windows = window_count(tokens, seq_len, max_tokens)
-    return np.arange(n_windows, dtype=np.int64) * window_count(tokens, seq_len) // n_windows
-
-
 def gather(tokens: torch.Tensor, window: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return idx and targets, the token after each, int64 (rows, seq_len), of the windows numbered (rows,)."""
     import torch
 
+    assert tokens.dtype == torch.int16 and tokens.ndim == 1, "tokens: int16 (tokens,), as Dataset.to gives them"
     place = window[:, None] * seq_len + torch.arange(seq_len + 1, device=window.device)
     ids = tokens[place].long() & 0xFFFF  # (rows, seq_len + 1); tokens above 32767 are negative as int16
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -637,16 +844,16 @@ def gather(tokens: torch.Tensor, window: torch.Tensor, seq_len: int) -> tuple[to
 
 class Batches:
     """
-    Training batches, gathered on the device from tokens that live there whole. The seed alone orders the windows,
-    alike on every device; after the last window the order starts again.
+    Training batches, gathered on the device that holds the tokens, int16 (tokens,). The seed alone orders the
+    windows, alike on every device; after the last window the order starts again.
     """
 
-    def __init__(self, tokens: np.ndarray | torch.Tensor, seq_len: int, seed: int, device: str | torch.device):
+    def __init__(self, tokens: torch.Tensor, seq_len: int, seed: int):
         import torch
 
-        self.tokens, self.seq_len = to_device(tokens, device), seq_len
-        generator = torch.Generator().manual_seed(seed)  # on the CPU: a GPU's differs
-        self.order = torch.randperm(window_count(tokens, seq_len), generator=generator).to(device)
+        self.tokens, self.seq_len = tokens, seq_len
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: a GPU orders otherwise
+        self.order = torch.randperm(window_count(tokens, seq_len), generator=generator).to(tokens.device)
 
     def __call__(self, first: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -661,24 +868,24 @@ class Batches:
 
 def bits_per_byte(
     token_losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    tokens: np.ndarray | torch.Tensor,
-    token_bytes: np.ndarray | torch.Tensor,
+    tokens: torch.Tensor,
+    token_bytes: torch.Tensor,
     *,
     seq_len: int,
     rows: int,
-    device: str | torch.device,
     max_tokens: int | None = None,
 ) -> float:
     """
     Return sum of nats / (ln 2 * sum of bytes) over non-overlapping windows of a split; NaN and inf come through.
-    token_losses(idx, targets) -> nats, all (rows, seq_len): every call has this shape, the last is padded with
-    windows that do not count. Targets without bytes (BOS) are out of both sums.
+    tokens: int16 (tokens,), token_bytes: int64 (vocab_size,), both on the device. max_tokens scores as many windows
+    as it fills, spread evenly over the split. token_losses(idx, targets) -> nats, all (rows, seq_len): every call has
+    this shape, the last is padded with windows that do not count. Targets without bytes (BOS) are out of both sums.
     """
     import torch
 
-    windows, tokens = torch.as_tensor(scored_windows(tokens, seq_len, max_tokens)).to(device), to_device(tokens, device)
-    n_windows = len(windows)
-    token_bytes, row = torch.as_tensor(token_bytes, device=device), torch.arange(rows, device=device)
+    device, n_windows = tokens.device, window_count(tokens, seq_len, max_tokens)
+    windows = torch.arange(n_windows, device=device) * window_count(tokens, seq_len) // n_windows
+    row = torch.arange(rows, device=device)
     sum_nats = torch.zeros((), dtype=torch.float64, device=device)
     sum_bytes = torch.zeros_like(sum_nats)
     with torch.no_grad():
@@ -691,15 +898,6 @@ def bits_per_byte(
             sum_nats += torch.where(n_bytes > 0, losses.double(), 0.0).sum()
             sum_bytes += n_bytes.sum()
     return (sum_nats / (math.log(2) * sum_bytes)).item()
-
-
-def uniform_bpb(
-    tokens: np.ndarray, token_bytes: np.ndarray, vocab_size: int, *, seq_len: int, max_tokens: int | None = None
-) -> float:
-    """Return the score of uniform logits over the same windows: log2(vocab_size) * tokens / bytes."""
-    place = scored_windows(tokens, seq_len, max_tokens)[:, None] * seq_len + np.arange(1, seq_len + 1)
-    n_bytes = token_bytes[tokens[place]]
-    return math.log2(vocab_size) * np.count_nonzero(n_bytes) / int(n_bytes.sum())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -716,8 +914,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.shards is not None and not 1 <= args.shards <= LAST_SHARD:
         parser.error(f"argument --shards: {args.shards} is not between 1 and {LAST_SHARD}")
-    if args.data_dir == "":
-        parser.error("argument --data-dir: the name is empty")
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(stop, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         prepare(**vars(args))
     except PrepareError as error:
@@ -725,6 +924,9 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print(f"\nStopped. Run again to resume: {command(**vars(args))}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 130
     return 0
 

@@ -16,6 +16,7 @@ variants networks made by hand near the published winner, and transformers, 5 s 
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gc
 import math
@@ -30,15 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from designs import NAMED_DESIGNS
 from variants import near_the_winner
 
 import evolve
 import genome as genomes
 import prepare
-from genome import OPS, Block, Gene, Genome, random_genome, transformer
+from genome import BASELINES, COMPILED, OPS, Block, Gene, Genome, compile_part, random_genome, transformer
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
 REFERENCE = transformer(6, 256, 2)
+DEVICE = torch.device("cuda:0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,19 +171,19 @@ def tokens_per_second(step, tokens_a_step, seconds=2.0):
     return steps * tokens_a_step / (time.perf_counter() - start)
 
 
-def task_for(genome: Genome, seed: int = 0) -> evolve.Task:
-    return evolve.Task("bench", 0, (), "bench", genome, seed)
+def task_for(genome: Genome, seed: int = 0, id: str = "bench") -> evolve.Task:
+    return evolve.Task("bench", id, genome, seed)
 
 
-def speed(data, settings, folder):
-    device_data = evolve.DeviceData(data, torch.device("cuda:0"))
+def speed(data, settings):
+    data = data.to(DEVICE)
     rows = settings.batch_tokens // settings.seq_len
-    trial = evolve.Trial(task_for(REFERENCE), device_data, settings, rows)
+    trial = evolve.Trial(task_for(REFERENCE), data, settings, rows)
     start = time.perf_counter()
     ours = trial.capture()
     capture_s = time.perf_counter() - start
     trial.optimizer.schedule.fill_(1.0)
-    theirs = hand_written(device_data.train, data.vocab_size, rows, settings.seq_len, device_data.device)
+    theirs = hand_written(data.train, data.vocab_size, rows, settings.seq_len, DEVICE)
     rates = {"ours": [], "by hand": []}
     for _ in range(3):  # in turns, so that both meet the same clocks
         rates["ours"].append(tokens_per_second(ours, settings.batch_tokens))
@@ -196,15 +199,15 @@ def speed(data, settings, folder):
     print(f"  warm-up and capture {capture_s:.2f} s", flush=True)
 
 
-def bpb(data, settings, folder, seeds, budgets=(5.0, 10.0, 30.0)):
-    device_data = evolve.DeviceData(data, torch.device("cuda:0"))
+def bpb(data, settings, seeds, budgets=(5.0, 10.0, 30.0)):
+    data = data.to(DEVICE)
     print("val_bpb of the same genome through evaluate()")
     for seconds in budgets:
         results = []
         for seed in range(seeds):
             start = time.perf_counter()
             s = dataclasses.replace(settings, time_budget=seconds)
-            results.append(evolve.evaluate(task_for(REFERENCE, seed), device_data, s))
+            results.append(evolve.evaluate(task_for(REFERENCE, seed), data, s, contextlib.nullcontext()))
             wall = time.perf_counter() - start
         scores = [r.val_bpb for r in results]
         print(f"  {seconds:g} s: {statistics.fmean(scores):.4f}  ({' '.join(f'{x:.4f}' for x in scores)}), "
@@ -222,10 +225,10 @@ def every_gene(dim: int):
                 yield Gene(name, width, **{trait: choice})
 
 
-def ops(data, settings, folder, dim=256):
+def ops(data, settings, dim=256):
     print(f"forward + backward of an op at dim {dim}, {settings.batch_tokens:,} tokens, compiled and captured")
     rows = settings.batch_tokens // settings.seq_len
-    evolve.COMPILED.clear()
+    COMPILED.clear()
     for gene in every_gene(dim):
         held = torch.cuda.memory_allocated()
         block = Block(gene, dim, None).cuda()
@@ -233,7 +236,7 @@ def ops(data, settings, folder, dim=256):
         start = time.perf_counter()
         reason = "not compiled by choice"
         if OPS[gene.op].compiles:
-            reason = evolve.compile_part(block, ("bench", gene, dim), [x, None])
+            reason = compile_part(block, ("bench", gene, dim), [x, None])
         params = list(block.parameters())
         y = block(x).detach()  # detached: a graph that lives on would keep the step from being captured
         out = torch.randn_like(y)
@@ -269,28 +272,26 @@ def ops(data, settings, folder, dim=256):
         torch.cuda.empty_cache()
 
 
-def evaluated(tasks, settings, folder):
+def evaluated(tasks, settings, data):
     """The results of tasks, from workers that end with them."""
-    pool = evolve.Pool(folder, settings)
-    try:
-        yield from pool.run(tasks)
-    finally:
-        pool.stop()
+    with evolve.Pool(data, settings, DEVICE, Path("bench")) as pool:
+        for result in pool.run(tasks):
+            evolve.say(evolve.result_text(result))
+            yield result
 
 
-def soak(data, settings, folder, n=100):
+def soak(data, settings, n=100):
     rng, found = random.Random(1), []
     while len(found) < n:
         genome = random_genome(rng)
         if genome.mixes_tokens and genome.num_params(data.vocab_size) <= settings.max_params:
             found.append(genome)
-    tasks = [dataclasses.replace(task_for(g), id=f"r{i:03d}") for i, g in enumerate(found)]
+    tasks = [task_for(g, id=f"r{i:03d}") for i, g in enumerate(found)]
     start = time.perf_counter()
     started, results = None, []
-    for r in evaluated(tasks, settings, folder):
+    for r in evaluated(tasks, settings, data):
         started = started or time.perf_counter() - start - r.seconds
         results.append(r)
-        evolve.print_result(r)
         wall = time.perf_counter() - start
     trained = sum(r.seconds for r in results)
     print(f"soak: {len(results)} random genomes at {settings.time_budget:g} s: {wall:.0f} s in all, "
@@ -303,7 +304,7 @@ def soak(data, settings, folder, n=100):
     print(f"  status {dict(collections.Counter(r.status for r in results))}")
     print(f"  memory held before an evaluation: {sorted({r.held_mb for r in results})} MiB")
     unigram = unigram_entropy(data)
-    below = sum(r.val_bpb is not None and r.val_bpb < unigram for r in results) / len(results)
+    below = sum((r.val_bpb or 99) < unigram for r in results) / len(results)
     print(f"  below the unigram entropy of {unigram:.3f} bits per byte: {below:.0%}")
     print("  notes " + "; ".join(sorted({r.note for r in results if r.note})), flush=True)
 
@@ -316,12 +317,10 @@ def unigram_entropy(data) -> float:
     return (nats / (counts * torch.from_numpy(data.token_bytes)).sum()).item()
 
 
-def designs(data, settings, folder):
-    named = {**genomes.ENTRANTS, **genomes.NAMED_DESIGNS}
-    tasks = [dataclasses.replace(task_for(g), id=name) for name, g in named.items()]
+def designs(data, settings):
     print(f"val_bpb after {settings.time_budget:g} s")
-    for r in evaluated(tasks, settings, folder):
-        evolve.print_result(r)
+    named = {**BASELINES, **NAMED_DESIGNS}
+    list(evaluated([task_for(g, id=name) for name, g in named.items()], settings, data))
 
 
 def without_a_part(genome: Genome) -> dict[str, Genome]:
@@ -332,7 +331,7 @@ def without_a_part(genome: Genome) -> dict[str, Genome]:
     """
     less = {}
     for i, gene in enumerate(genome.genes):
-        start = max(0, i + 1 - max(1, gene.skip))
+        start = genomes.branch_start(genome, i)
         gone = "→".join(g.op for g in genome.genes[start : i + 1])
         less[f"gene {i + 1}: without {gone}"] = genomes.spliced(genome, start, i + 1, [])
         if any(g.op != "norm" for g in genome.genes[start:i]):
@@ -350,29 +349,28 @@ def without_a_part(genome: Genome) -> dict[str, Genome]:
     return {name: child for name, child in less.items() if child.key != genome.key and by_key[child.key] == name}
 
 
-def scores_of(named: dict[str, Genome], settings, folder, seeds: int) -> dict[str, list[float]]:
+def scores_of(named: dict[str, Genome], settings, data, seeds: int) -> dict[str, list[float]]:
     """val_bpb of each genome with each of the seeds, nan where there is none."""
-    tasks = [dataclasses.replace(task_for(g, seed), id=name) for seed in range(seeds) for name, g in named.items()]
+    tasks = [task_for(g, seed, name) for seed in range(seeds) for name, g in named.items()]
     scores = {name: [float("nan")] * seeds for name in named}
-    for r in evaluated(tasks, settings, folder):
-        evolve.print_result(r)
+    for r in evaluated(tasks, settings, data):
         scores[r.id][r.seed] = r.val_bpb if r.status == "ok" else float("nan")
     return scores
 
 
-def parts(data, settings, folder, seeds, path="best_genome.json"):
+def parts(data, settings, seeds, path="best_genome.json"):
     genome = evolve.read_genome(Path(path))
     print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    scores = scores_of({"whole": genome, **without_a_part(genome)}, settings, folder, seeds)
+    scores = scores_of({"whole": genome, **without_a_part(genome)}, settings, data, seeds)
     for name, mine in scores.items():
         worth = evolve.estimate(s - whole for s, whole in zip(mine, scores["whole"], strict=True))
         print(f"  {name:<60} {evolve.estimate(mine)}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
 
 
-def variants(data, settings, folder, seeds):
-    transformers = {name: g for name, g in genomes.ENTRANTS.items() if name.startswith("transformer")}
+def variants(data, settings, seeds):
+    transformers = {name: g for name, g in BASELINES.items() if name.startswith("transformer")}
     print(f"near the published winner, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    scores = scores_of({**near_the_winner(), **transformers}, settings, folder, seeds)
+    scores = scores_of({**near_the_winner(), **transformers}, settings, data, seeds)
     means = {name: statistics.fmean(mine) for name, mine in scores.items()}
     for name in sorted(means, key=lambda name: (math.isnan(means[name]), means[name])):
         print(f"  {means[name]:.4f}  {name}")
@@ -392,14 +390,13 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.py measures a GPU, and none was found")
-    folder = prepare.source_folder(data_dir=args.data_dir)
-    data = prepare.load(folder)
+    data = prepare.load(prepare.source_folder(data_dir=args.data_dir))
     torch.set_float32_matmul_precision("high")
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {data.source} {data.fingerprint}\n", flush=True)
     for name in args.which or BENCHMARKS:
         seconds = args.seconds or SECONDS.get(name, evolve.TIME_BUDGET)
         seeds = {"seeds": args.seeds or SEEDS[name]} if name in SEEDS else {}
-        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), folder, **seeds)
+        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), **seeds)
         print()
 
 

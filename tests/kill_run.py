@@ -8,8 +8,6 @@ with few kills, `GENESIS_KILLS=50 uv run pytest tests/test_evolve.py -k kill` wi
 """
 
 import collections
-import contextlib
-import fcntl
 import json
 import os
 import random
@@ -28,6 +26,7 @@ import matplotlib.pyplot
 import torch
 
 import evolve
+import prepare
 from genome import Genome, random_genome, transformer
 
 OF_TIME = ("tokens_per_s", "seconds", "outside", "finished", "memory_mb", "held_mb")  # columns that may differ
@@ -53,7 +52,7 @@ def start_run(out: Path, data_dir: str) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         evolve.START_METHOD = "fork"
-        evolve.ENTRANTS, evolve.random_genome = {"transformer-1x64": transformer(1, 64, 1)}, narrow_genome
+        evolve.BASELINES, evolve.random_genome = {"transformer-1x64": transformer(1, 64, 1)}, narrow_genome
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
         code = evolve.main([*flags, "--data-dir", data_dir, "--out", str(out)])
         sys.stdout.flush()
@@ -64,16 +63,12 @@ def start_run(out: Path, data_dir: str) -> int:
 def wait_for_workers(out: Path, patience: float = 20.0):
     """Wait until the workers of a killed run are gone: under fork they hold its lock as long as they live."""
     out.mkdir(exist_ok=True)
-    lock, until = os.open(out, os.O_RDONLY), time.monotonic() + patience
-    try:
-        while True:
-            with contextlib.suppress(OSError):
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.monotonic() > until:
-                raise SystemExit("the workers of a killed run live on")
-            time.sleep(0.005)
-    finally:
-        os.close(lock)
+    until = time.monotonic() + patience
+    while (lock := prepare.try_lock(out / ".lock")) is None:
+        if time.monotonic() > until:
+            raise SystemExit("the workers of a killed run live on")
+        time.sleep(0.005)
+    os.close(lock)
 
 
 def stage(out: Path) -> str:
@@ -83,19 +78,13 @@ def stage(out: Path) -> str:
     lines = (out / "results.tsv").read_text().splitlines()[2:]
     if (out / ".progress.png.tmp").exists() or (out / ".best_genome.json.tmp").exists():
         return "writing a file"
-    counts = collections.Counter(line.split("\t")[0] for line in lines)
-    if counts["3"]:
-        return "the final" if counts["3"] < 4 else "the last report"
-    full = [g for g in ("0", "1", "2") if counts[g] == 4]
+    counts = collections.Counter(tuple(line.split("\t")[:2]) for line in lines)
+    if counts["final", ""]:
+        return "the final" if counts["final", ""] < 4 else "the last report"
+    full = [g for g in "012" if counts["search", g] == 4]
     if full and len(lines) == 1 + 4 * len(full):
         return "between generations"
-    return "a generation" if lines else "by hand"
-
-
-def is_finished(out: Path) -> bool:
-    """Whether a kill came when all was done, so that the next start is a new run."""
-    best = out / "best_genome.json"
-    return best.exists() and json.loads(best.read_text())["stage"] == "final"
+    return "a generation" if lines else "the baselines"
 
 
 def content(out: Path) -> list[list[str]]:
@@ -142,8 +131,7 @@ def main(out: Path, data_dir: str, kills: int, seed: int):
             wait_for_workers(killed)
             stages[stage(killed)] += 1
             done += 1
-            if not is_finished(killed):
-                continue
+            continue
         elif code:
             wrong.append(f"exit code {code}: {killed.with_suffix('.log').read_text()[-2000:]}")
             break

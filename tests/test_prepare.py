@@ -1,13 +1,14 @@
 """prepare.py: downloads survive bad servers, files are whole or absent, bytes add up, the metric is what it says."""
 
 import errno
-import fcntl
+import hashlib
 import json
 import math
 import os
 import random
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -23,13 +24,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 import torch
+from helpers import uniform_bpb
 
 import prepare
 
 ROOT = Path(prepare.__file__).parent
 LAST = "shard_01822.parquet"
-FILES = ["meta.json", "tokenizer.json", "tokenizer.tiktoken", "train.bin", "val.bin", "test.bin"]
+FILES = prepare.FILES
 WORDS = [w for w in prepare.__doc__.split() if w.isalpha()]
 
 
@@ -52,6 +55,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "BACKOFF", 0.001)
     monkeypatch.setattr(prepare, "BACKOFF_MAX", 0.005)
     monkeypatch.setattr(prepare, "ATTEMPTS", 4)
+    monkeypatch.setattr(prepare, "REACH", 0.05)
     monkeypatch.setattr(prepare, "CHUNK", 512)
     monkeypatch.setattr(prepare, "PIECE_CHARS", 2000)
 
@@ -96,6 +100,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.faults, self.log, self.delay, self.retry_after = {}, {}, [], 0.0, "0"
+        self.tokens, self.elsewhere = [], ""  # what HF_TOKEN sends; where "redirect" leads
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def ranges(self, name: str) -> list:
@@ -113,8 +118,14 @@ class HubHandler(BaseHTTPRequestHandler):
         hub, name = self.server, self.path.rsplit("/", 1)[1]
         asked = self.headers.get("Range")
         hub.log.append((name, asked))
+        hub.tokens.append(self.headers.get("Authorization"))
         faults = hub.faults.get(name) or [""]
         fault = faults.pop(0) if len(faults) > 1 else faults[0]  # the last one stays
+        if fault == "redirect":
+            self.send_response(302)
+            self.send_header("Location", hub.elsewhere + self.path)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if fault.isdigit() or name not in hub.files:
             self.send_response(int(fault or 404))
             self.send_header("Retry-After", hub.retry_after)
@@ -234,14 +245,57 @@ def test_download_reports(hub, monkeypatch, capsys, faults, why, requests):
     assert [name for name, _ in hub.log] == ["shard_00001.parquet"]
 
 
-def test_no_server_is_reported(monkeypatch, capsys):
+def test_no_server_is_reported_once(monkeypatch, capsys):
     with serving() as gone:
         monkeypatch.setenv("HF_ENDPOINT", gone.url)
-    code, message = run_main(monkeypatch, capsys, "--shards", 1)
-    assert code == 1 and "2 of 2 shards" in message and LAST in message and "refused" in message
+    code, message = run_main(monkeypatch, capsys, "--shards", 8)
+    assert code == 1 and message.count("cannot be reached") == 1 and "refused" in message
+    assert all(way in message for way in ("HF_ENDPOINT", "HTTPS_PROXY", "--data-dir", "--demo"))
     monkeypatch.setenv("HF_ENDPOINT", "no url at all")
     code, message = run_main(monkeypatch, capsys, "--shards", 1)
     assert code == 1 and "Invalid URL" in message
+
+
+UNTRUSTED = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed")
+HOPELESS = {
+    "untrusted certificate": (requests.exceptions.SSLError(UNTRUSTED), "REQUESTS_CA_BUNDLE"),
+    "no such certificates": (
+        requests.RequestException("Could not find a suitable TLS CA certificate bundle"),
+        "REQUESTS_CA_BUNDLE",
+    ),
+    "SOCKS proxy": (requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support."), "--with pysocks"),
+}
+
+
+@pytest.mark.parametrize("error, help", HOPELESS.values(), ids=HOPELESS)
+@pytest.mark.parametrize("call", ["head", "get"])
+def test_what_no_retry_mends_is_final(hub, monkeypatch, capsys, error, help, call):
+    calls = []
+
+    def refuse(url, **options):
+        calls.append(url)
+        raise error
+
+    monkeypatch.setattr(prepare, "REACH", 60)
+    monkeypatch.setattr(prepare.requests, call, refuse)
+    code, message = run_main(monkeypatch, capsys, "--shards", 1)
+    assert code == 1 and help in message and "uv run prepare.py --shards 1" in message
+    assert sorted(calls) == sorted(set(calls))  # no shard was tried twice
+
+
+def test_the_token_is_for_the_hub_alone(hub, monkeypatch):
+    with serving() as elsewhere:
+        elsewhere.files = hub.files
+        hub.elsewhere = elsewhere.url.replace("127.0.0.1", "localhost")
+        hub.faults[LAST] = ["redirect"]
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setenv("HF_TOKEN", "secret\n")
+        prepare.prepare(shards=1)
+    assert set(hub.tokens) == {"Bearer secret"} and len(hub.tokens) == 2
+    assert elsewhere.tokens == [None]
+    monkeypatch.delenv("HF_TOKEN")
+    prepare.prepare(shards=2)
+    assert hub.tokens[2:] == [None]
 
 
 class Waits(threading.Event):
@@ -316,7 +370,7 @@ def test_full_disk(hub, monkeypatch, capsys):
         code, message = run_main(patch, capsys, "--shards", 1)
     assert code == 1 and "disk is full" in message and "Run again to resume: uv run prepare.py --shards 1" in message
     folder = prepare.source_folder()
-    assert sorted(path.name for path in folder.iterdir()) == ["shards"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "shards"]
     hub.log.clear()
     prepare.prepare(shards=1)
     assert not hub.log  # the shards were there
@@ -363,19 +417,40 @@ def test_killed_at_random_moments(hub, tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert contents(folder) == calm
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "shards"])  # no leftovers
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, ".lock", "shards"])  # no leftovers
     assert {path.name for path in (folder / "shards").iterdir()} == {"shard_00000.parquet", LAST}
 
 
-def test_interrupted_by_the_user(hub):
-    hub.delay = 0.2
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_by_the_user(hub, by):
+    hub.delay = 60  # a silent server is not waited for
     process = start("--shards", 2)
     while not hub.log:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
+    process.send_signal(by)
+    output, _ = process.communicate(timeout=prepare.TIMEOUT[1] - 5)
     assert process.returncode == 130, output
     assert output.strip().endswith("Run again to resume: uv run prepare.py --shards 2") and "Traceback" not in output
+
+
+def test_nohup_is_respected(hub):
+    hub.delay = 0.01
+    run = ["nohup", sys.executable, str(ROOT / "prepare.py"), "--shards", "1"]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not hub.log:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+
+
+def test_a_closed_pipe_ends_it_quietly(data_dir):
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = [sys.executable, str(ROOT / "prepare.py"), "--data-dir", str(data_dir)]
+    result = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 @pytest.mark.parametrize("calls", range(len(FILES)))
@@ -407,11 +482,158 @@ def test_damaged_files_are_not_believed(data_dir):
     for name in FILES:
         (folder / name).write_bytes(whole[name][: len(whole[name]) // 2])
         if name != "tokenizer.json":  # read when it is used
-            with pytest.raises(prepare.PrepareError, match=r"run: uv run prepare.py --data-dir DIR"):
+            with pytest.raises(prepare.PrepareError, match=rf"{name}.*; run: uv run prepare.py --data-dir DIR"):
                 prepare.load(folder)
-        (folder / "meta.json").unlink()
+        with pytest.raises(prepare.PrepareError, match=rf"{name}.*; run: uv run prepare.py --data-dir DIR"):
+            prepare.load(folder, verify=True)
         prepare.prepare(data_dir=data_dir)
         assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
+def test_one_changed_bit_is_noticed(data_dir, monkeypatch, capsys, name):
+    folder = prepare.prepare(data_dir=data_dir)
+    whole = contents(folder)
+    changed = bytearray(whole[name])
+    changed[len(changed) // 2 & ~1] ^= 1  # the size stays, and so does every shape
+    (folder / name).write_bytes(changed)
+    with pytest.raises(prepare.PrepareError, match=rf"{name}.*; run: uv run prepare.py --data-dir DIR"):
+        prepare.load(folder, verify=True)
+    with pytest.raises(prepare.PrepareError, match=name):
+        prepare.open_source(data_dir=data_dir)
+    assert run_main(monkeypatch, capsys, "--data-dir", data_dir)[0] == 0 and contents(folder) == whole  # it mends
+
+
+def test_changed_hashes_in_meta_are_noticed(data_dir):
+    folder = prepare.prepare(data_dir=data_dir)
+    text = (folder / "meta.json").read_text()
+    fingerprint = prepare.load(folder).fingerprint
+    (folder / "meta.json").write_text(text.replace(fingerprint, "0" * 16))
+    with pytest.raises(prepare.PrepareError, match=r"meta\.json"):
+        prepare.load(folder, verify=True)
+
+
+def test_fingerprint_is_that_of_published_runs(data_dir):
+    """Tokenizer files as they are, then the 16-byte hash of each split: runs that quote one stay comparable."""
+    folder = prepare.prepare(data_dir=data_dir)
+    expected = hashlib.blake2b(digest_size=8)
+    for name in ("tokenizer.tiktoken", "tokenizer.json"):
+        expected.update((folder / name).read_bytes())
+    for name in ("train.bin", "val.bin", "test.bin"):
+        expected.update(hashlib.blake2b((folder / name).read_bytes(), digest_size=16).digest())
+    assert prepare.load(folder).fingerprint == expected.hexdigest()
+
+
+META = {
+    "a list": lambda meta: [meta],
+    "a string": lambda meta: "meta",
+    "a number": lambda meta: 7,
+    "null": lambda meta: None,
+    "empty": lambda meta: {},
+    **{
+        f"no {key}": lambda meta, key=key: {k: v for k, v in meta.items() if k != key}
+        for key in ("format", "source", "vocab_size", "bos", "splits", "hashes", "fingerprint", "recipe")
+    },
+    **{
+        f"{key} is a list": lambda meta, key=key: meta | {key: [1]}
+        for key in ("format", "source", "vocab_size", "bos", "splits", "hashes", "fingerprint", "recipe")
+    },
+    "splits of strings": lambda meta: meta | {"splits": {split: "many" for split in prepare.SPLITS}},
+    "tokens as text": lambda meta: meta | {"splits": {split: {"tokens": "9"} for split in prepare.SPLITS}},
+    "inputs of a number": lambda meta: meta | {"recipe": {"inputs": 3, "tokenizer": []}},
+    "no recipe of the tokenizer": lambda meta: meta | {"recipe": {"inputs": meta["recipe"]["inputs"]}},
+    "another vocabulary": lambda meta: meta | {"vocab_size": 399, "bos": 398},
+    "another BOS": lambda meta: meta | {"bos": 7},
+}
+
+
+@pytest.mark.parametrize("change", META.values(), ids=META)
+def test_meta_of_another_shape(data_dir, monkeypatch, capsys, change):
+    folder = prepare.prepare(data_dir=data_dir)
+    whole = contents(folder)
+    (folder / "meta.json").write_text(json.dumps(change(json.loads(whole["meta.json"]))))
+    for call in (lambda: prepare.load(folder), lambda: prepare.open_source(data_dir=data_dir)):
+        with pytest.raises(prepare.PrepareError, match=r"run: uv run prepare\.py --data-dir"):
+            call()
+    assert run_main(monkeypatch, capsys, "--data-dir", data_dir)[0] == 0 and contents(folder) == whole
+
+
+OTHER = {
+    "meta.json": [b"\xff\xfe\x00", b"", b"[1, 2", b"\x00" * 99],
+    "tokenizer.tiktoken": [b"\xff\xfe", b"", b"one two three\n", b"AA== 5\n", b"AA== 0\nAA== 1\n", b"!!! 0\n", b"{}"],
+    "tokenizer.json": [
+        b"\xff\xfe",
+        b"",
+        b"[]",
+        b'"x"',
+        b"7",
+        b"{}",
+        b'{"pattern": 3, "special_tokens": {"<|bos|>": 399}}',
+        b'{"pattern": "(", "special_tokens": {"<|bos|>": 399}}',
+        b'{"pattern": "a", "special_tokens": []}',
+    ],
+    "train.bin": [b"", b"odd"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [pytest.param(name, content, id=f"{name} {i}") for name in OTHER for i, content in enumerate(OTHER[name])],
+)
+def test_files_of_another_shape(data_dir, name, content):
+    folder = prepare.prepare(data_dir=data_dir)
+    (folder / name).write_bytes(content)
+    with pytest.raises(prepare.PrepareError, match=rf"{name}.*; run: uv run prepare.py --data-dir DIR"):
+        prepare.load(folder).tokenizer()
+    with pytest.raises(prepare.PrepareError, match=r"run: uv run prepare\.py --data-dir"):
+        prepare.open_source(data_dir=data_dir)
+
+
+def test_an_unreadable_file(data_dir):
+    folder = prepare.prepare(data_dir=data_dir)
+    (folder / "val.bin").unlink()
+    (folder / "val.bin").mkdir()
+    with pytest.raises(prepare.PrepareError, match=r"val\.bin cannot be read .*directory.*; run: uv run prepare.py"):
+        prepare.load(folder)
+    with pytest.raises(prepare.PrepareError, match=r"val\.bin cannot be written \(Is a directory\)"):
+        prepare.prepare(data_dir=data_dir)
+
+
+def test_a_cache_that_is_no_folder(data_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "file/below"):
+        monkeypatch.setenv("GENESIS_CACHE", str(tmp_path / name))
+        code, message = run_main(monkeypatch, capsys, "--data-dir", data_dir)
+        assert code == 1 and "is no folder" in message and "GENESIS_CACHE" in message, message
+        with pytest.raises(prepare.PrepareError, match="is no folder"):
+            prepare.open_source(data_dir=data_dir)
+        with pytest.raises(prepare.PrepareError, match="No tokens in"):
+            prepare.load(prepare.source_folder(data_dir=data_dir))
+
+
+def test_a_read_only_cache(data_dir, monkeypatch, capsys):
+    def refuse(path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "open", refuse)
+        code, message = run_main(patch, capsys, "--data-dir", data_dir)
+        assert code == 1 and "cannot be written (Permission denied)" in message and "GENESIS_CACHE" in message
+    folder = prepare.prepare(data_dir=data_dir)
+    monkeypatch.setattr(prepare.os, "open", refuse)
+    assert prepare.prepare(data_dir=data_dir) == folder  # what is prepared can be used there
+    assert prepare.open_source(data_dir=data_dir).folder == folder
+
+
+def test_tokens_replaced_during_a_run(data_dir):
+    folder = prepare.prepare(data_dir=data_dir)
+    first = prepare.load(folder)
+    assert prepare.load(folder, stamp=first.stamp).stamp == first.stamp
+    write_shard(data_dir / "shard_0.parquet", prose(7))
+    prepare.prepare(data_dir=data_dir)
+    with pytest.raises(prepare.PrepareError, match="changed while the run was at work"):
+        prepare.load(folder, stamp=first.stamp)
 
 
 def test_second_call_does_nothing(data_dir, monkeypatch, capsys):
@@ -434,6 +656,7 @@ def test_leftovers_are_removed(data_dir):
     folder = prepare.prepare(data_dir=data_dir)
     (folder / ".tmp-killed").mkdir()
     (folder / ".tmp-killed" / "train.bin").write_bytes(b"half")
+    (folder / "meta.json").unlink()
     prepare.prepare(data_dir=data_dir)
     assert not list(folder.glob(".tmp-*"))
 
@@ -441,12 +664,45 @@ def test_leftovers_are_removed(data_dir):
 def test_one_prepare_at_a_time(data_dir):
     folder = prepare.source_folder(data_dir=data_dir)
     folder.mkdir(parents=True)
-    fd = os.open(folder, os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    fd = prepare.try_lock(folder / ".lock")
     with pytest.raises(prepare.PrepareError, match=r"Another prepare\.py is at work in"):
         prepare.prepare(data_dir=data_dir)
     os.close(fd)
     prepare.prepare(data_dir=data_dir)
+
+
+def test_a_lock_is_held_until_it_is_closed(tmp_path):
+    path = tmp_path / ".lock"
+    fd = prepare.try_lock(path)
+    assert prepare.try_lock(path) is None
+    check = "import prepare, pathlib, sys; sys.exit(prepare.try_lock(pathlib.Path(sys.argv[1])) is not None)"
+    assert subprocess.run([sys.executable, "-c", check, path], cwd=ROOT).returncode == 0  # another process
+    n_open = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    assert prepare.try_lock(path) is None
+    assert n_open == (len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0)
+    os.close(fd)
+    os.close(prepare.try_lock(path))
+    with pytest.raises(OSError):
+        prepare.try_lock(tmp_path / "nowhere" / ".lock")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(data_dir, monkeypatch, capsys, code):
+    def flock(fd, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    prepare.prepare(data_dir=data_dir)
+    assert capsys.readouterr().out.count("this file system has no locks") == 1
+
+
+def test_another_failure_to_lock_flies(tmp_path, monkeypatch):
+    def flock(fd, how):
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken disk"):
+        prepare.try_lock(tmp_path / ".lock")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -462,6 +718,73 @@ def test_changed_text_is_noticed(data_dir):
     assert prepare.load(prepare.prepare(data_dir=data_dir)).fingerprint == first.fingerprint
     write_shard(data_dir / "shard_2.parquet", prose(9))  # held out: the tokenizer stays as it is
     assert prepare.load(prepare.prepare(data_dir=data_dir)).fingerprint != first.fingerprint
+
+
+def test_open_source_prepares_what_is_not_there(data_dir):
+    data = prepare.open_source(data_dir=data_dir)
+    assert data.folder == prepare.source_folder(data_dir=data_dir)
+    before = contents(data.folder)
+    assert prepare.open_source(data_dir=data_dir).stamp == data.stamp and contents(data.folder) == before
+    with pytest.raises(prepare.PrepareError, match="--data-dir nowhere: there is no such folder"):
+        prepare.open_source(data_dir="nowhere")
+
+
+def test_open_source_notices_changed_shards(data_dir, capsys):
+    """A run must not score the tokens of shards that are no longer there in that form."""
+    first = prepare.open_source(data_dir=data_dir)
+    command = f"run: uv run prepare.py --data-dir {data_dir}$"
+    write_shard(data_dir / "shard_1.parquet", prose(9))
+    with pytest.raises(prepare.PrepareError, match=rf"changed since they were prepared; {command}"):
+        prepare.open_source(data_dir=data_dir)
+    prepare.prepare(data_dir=data_dir)
+    assert prepare.open_source(data_dir=data_dir).fingerprint != first.fingerprint
+    write_shard(data_dir / "shard_3.parquet", prose(3))
+    with pytest.raises(prepare.PrepareError, match="changed since"):
+        prepare.open_source(data_dir=data_dir)
+
+    (data_dir / "shard_3.parquet").unlink()  # shards may go once there are tokens
+    (data_dir / "shard_0.parquet").unlink()
+    capsys.readouterr()
+    prepare.open_source(data_dir=data_dir)
+    assert "are gone" in capsys.readouterr().out
+    for path in data_dir.iterdir():
+        path.unlink()
+    data_dir.rmdir()
+    prepare.open_source(data_dir=data_dir)
+    assert capsys.readouterr().out.count("are gone") == 1
+
+
+def test_open_source_tells_of_changed_settings(data_dir, monkeypatch, capsys):
+    prepare.open_source(data_dir=data_dir)
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", 300)
+    capsys.readouterr()
+    assert prepare.open_source(data_dir=data_dir).vocab_size == 400
+    assert "was made with other constants" in capsys.readouterr().out
+
+
+def test_one_source_at_a_time(tmp_path):
+    for call in (prepare.source_folder, prepare.prepare, prepare.open_source):
+        with pytest.raises(prepare.PrepareError, match="--data-dir and --demo"):
+            call(data_dir=tmp_path, demo=True)
+        with pytest.raises(prepare.PrepareError, match="--data-dir: the name is empty"):
+            call(data_dir="")
+
+
+TEXT_TYPES = ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"]
+TEXT_TYPES = [getattr(pa, name)() for name in TEXT_TYPES if hasattr(pa, name)]  # the views are newer
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_text_columns_of_every_type(tmp_path, kind):
+    texts = ["one", "é", "one", None, "", "two"]
+    values = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts).cast(kind)
+    for name in ("a", "b"):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        held_out = pa.table({"text": pa.array(["v", "t"])})
+        pq.write_table(pa.table({"text": values}) if name == "a" else held_out, tmp_path / "d" / f"{name}.parquet")
+    assert pq.read_schema(tmp_path / "d" / "a.parquet").field("text").type == kind
+    data = prepare.load(prepare.prepare(data_dir=tmp_path / "d"))
+    assert texts_of(data, "train") == [text.encode() for text in texts if text]
 
 
 def test_changed_settings_are_noticed(data_dir, monkeypatch):
@@ -514,12 +837,12 @@ def test_data_dir_errors(tmp_path, monkeypatch, capsys):
     whole[100 : len(whole) // 2] = bytes(len(whole) // 2 - 100)  # opens, but its pages are gone
     (tmp_path / "d" / "a.parquet").write_bytes(whole)
     assert "a.parquet is damaged" in message()
-    assert not list(prepare.source_folder(data_dir=tmp_path / "d").iterdir())
+    assert [path.name for path in prepare.source_folder(data_dir=tmp_path / "d").iterdir()] == [".lock"]
 
 
 def test_impossible_flags(monkeypatch, capsys):
     cases = [("--shards", "0"), ("--shards", "1823"), ("--shards", "many"), ("--shards",), ("--data-dir",)]
-    cases += [("--demo", "--shards", "2"), ("--data-dir", "x", "--demo"), ("--data-dir", ""), ("--shard", "2")]
+    cases += [("--demo", "--shards", "2"), ("--data-dir", "x", "--demo"), ("--shard", "2")]
     for args in cases:
         code, message = run_main(monkeypatch, capsys, *args)
         assert code == 2 and args[0] in message.splitlines()[-1], (args, message)
@@ -582,6 +905,73 @@ def test_bytes_add_up_over_hostile_documents(tmp_path):
     assert data.token_bytes[data.bos] == 0 and (np.delete(data.token_bytes, data.bos) > 0).all()
 
 
+RUNS = [
+    "a",
+    "ab",
+    "aab",
+    "ACGT",
+    "=",
+    "-=",
+    " ",
+    " \t",
+    "\n ",
+    "\r\n",
+    "é",
+    "中文字",
+    "👩‍👧",
+    "'s",
+    "x'",
+    "ſ",
+    "\x1c ",
+    "\u0301",
+]
+
+
+def unbroken(rng: random.Random) -> str:
+    """Runs of few characters, long and short, now and then with any character between them."""
+    parts = []
+    for _ in range(rng.randrange(1, 9)):
+        parts.append("".join(rng.choices(rng.choice(RUNS), k=int(2 ** rng.uniform(0, 11)))))
+        parts.append(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) * rng.randrange(3))
+    return "".join(parts)
+
+
+def test_long_words(tmp_path):
+    """Unbroken runs of megabytes: tiktoken before 0.13 takes the square of a word's length, which is minutes here."""
+    rng = random.Random(0)
+    prepare.train_tokenizer([unbroken(rng) for _ in range(30)], tmp_path)
+    tokenizer = prepare.read_tokenizer(tmp_path)
+    for text in ("a" * 5_000_000, "".join(rng.choices("😀😃😄", k=1_000_000)), *(unbroken(rng) for _ in range(60))):
+        tokens = prepare.encode(tokenizer, text)
+        assert tokenizer.decode_bytes(tokens[1:].tolist()) == text.encode()
+
+
+def test_what_is_in_flight_is_bounded(tmp_path, monkeypatch):
+    """Books: so many documents at a time would not fit in memory."""
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(prepare, "IN_FLIGHT_CHARS", 5000)
+    prepare.train_tokenizer(prose(0), tmp_path)
+    read, written, most = [0], [0], [0]
+
+    def texts():
+        for i in range(100):
+            text = f"{i} " + "book " * 300
+            read[0] += len(text)
+            most[0] = max(most[0], read[0] - written[0])
+            yield text
+
+    def encode(tokenizer, text):
+        time.sleep(0.001)
+        return tokens_of(tokenizer, text)
+
+    tokens_of = prepare.encode
+    monkeypatch.setattr(prepare, "encode", encode)
+    bar = SimpleNamespace(update=lambda n: written.__setitem__(0, written[0] + 1503 * n))
+    counts = prepare.write_split(tmp_path / "train.bin", texts(), bar)
+    assert counts["documents"] == 100 and counts["bytes"] == read[0]
+    assert most[0] <= 5000 + 2 * 1510, most[0]
+
+
 def test_bytes_that_are_not_text(tmp_path):
     """A lone surrogate and cut-off UTF-8 become U+FFFD; nothing crashes."""
     raw = [b"lone \xed\xa0\x80 surrogate", b"cut \xf0\x9f", b"\xff\xfe", b"fine"]
@@ -612,7 +1002,8 @@ def test_tokenizer_files_are_plain_text(data_dir):
 # ----------------------------------------------------------------------------------------------------------------
 # Batches and the metric
 
-TOKENS = np.random.default_rng(0).integers(0, 65536, 10 * 8 + 1 + 5).astype("<u2")  # ten windows of 8, and a rest
+WORDS16 = np.random.default_rng(0).integers(0, 65536, 10 * 8 + 1 + 5).astype("<u2")  # ten windows of 8, and a rest
+TOKENS = torch.from_numpy(WORDS16.view(np.int16))
 
 
 def batch(batches: prepare.Batches, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -620,19 +1011,19 @@ def batch(batches: prepare.Batches, first: int, rows: int) -> tuple[torch.Tensor
 
 
 def test_batches_cover_an_epoch_once():
-    batches = prepare.Batches(TOKENS, 8, seed=1, device="cpu")
+    batches = prepare.Batches(TOKENS, 8, seed=1)
     parts = [batch(batches, first, 2) for first in range(0, 10, 2)]
     for idx, targets in parts:
         assert idx.shape == targets.shape == (2, 8) and idx.dtype == targets.dtype == torch.int64
         assert torch.equal(idx[:, 1:], targets[:, :-1])
-    windows = {tuple(TOKENS[i * 8 : i * 8 + 9].tolist()) for i in range(10)}
+    windows = {tuple(WORDS16[i * 8 : i * 8 + 9].tolist()) for i in range(10)}
     rows = [(*i.tolist(), t[-1].item()) for idx, targets in parts for i, t in zip(idx, targets, strict=True)]
     assert len(rows) == 10 and set(rows) == windows
     assert max(map(max, rows)) > 32767  # uint16 came through int16
 
 
 def test_batches_wrap_around():
-    batches = prepare.Batches(TOKENS, 8, seed=1, device="cpu")
+    batches = prepare.Batches(TOKENS, 8, seed=1)
     late, _ = batch(batches, 8, 4)
     early, _ = batch(batches, 0, 2)
     assert torch.equal(late[2:], early)
@@ -640,16 +1031,15 @@ def test_batches_wrap_around():
 
 
 def test_batches_follow_the_seed():
-    order = [batch(prepare.Batches(TOKENS, 8, seed, "cpu"), 0, 10)[0] for seed in (1, 1, 2)]
+    order = [batch(prepare.Batches(TOKENS, 8, seed), 0, 10)[0] for seed in (1, 1, 2)]
     assert torch.equal(order[0], order[1]) and not torch.equal(order[0], order[2])
 
 
 def test_batches_share_tokens_on_the_device_and_never_wait():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tokens = prepare.to_device(TOKENS, "cpu")
-    batches = prepare.Batches(tokens, 8, seed=1, device="cpu")
-    assert batches.tokens.data_ptr() == tokens.data_ptr()
+    batches = prepare.Batches(TOKENS, 8, seed=1)
+    assert batches.tokens.data_ptr() == TOKENS.data_ptr()
     first = torch.tensor(3)
     with FakeTensorMode(allow_non_fake_inputs=True):  # raises at whatever a CUDA graph could not capture
         assert batches(first, 4)[0].shape == (4, 8)
@@ -657,18 +1047,18 @@ def test_batches_share_tokens_on_the_device_and_never_wait():
 
 def test_too_short_a_split_is_an_error():
     with pytest.raises(ValueError, match=r"7 tokens to predict .* fill no window of 8"):
-        prepare.Batches(TOKENS[:8], 8, seed=1, device="cpu")
+        prepare.Batches(TOKENS[:8], 8, seed=1)
     with pytest.raises(ValueError, match="max_tokens = 7"):
-        prepare.uniform_bpb(TOKENS, np.ones(65536, np.int64), 65536, seq_len=8, max_tokens=7)
-    assert batch(prepare.Batches(TOKENS[:9], 8, seed=1, device="cpu"), 0, 1)[0].shape == (1, 8)
+        prepare.bits_per_byte(None, TOKENS, torch.ones(65536, dtype=torch.int64), seq_len=8, rows=1, max_tokens=7)
+    assert batch(prepare.Batches(TOKENS[:9], 8, seed=1), 0, 1)[0].shape == (1, 8)
 
 
-BYTES = np.array([1, 2, 3, 4, 0])  # of five tokens; the last is BOS
-STREAM = np.array([4, 0, 1, 4, 2, 3, 3, 4, 1, 0, 2, 2, 4, 1], dtype="<u2")  # 13 targets: four windows of 3, one over
+BYTES = torch.tensor([1, 2, 3, 4, 0])  # of five tokens; the last is BOS
+STREAM = torch.tensor([4, 0, 1, 4, 2, 3, 3, 4, 1, 0, 2, 2, 4, 1]).short()  # 13 targets: four windows of 3, one over
 
 
 def score(token_losses, stream=STREAM, rows=3, **options) -> float:
-    return prepare.bits_per_byte(token_losses, stream, BYTES, seq_len=3, rows=rows, device="cpu", **options)
+    return prepare.bits_per_byte(token_losses, stream, BYTES, seq_len=3, rows=rows, **options)
 
 
 def test_bits_per_byte_by_hand():
@@ -677,12 +1067,18 @@ def test_bits_per_byte_by_hand():
         return (10 * idx + targets).float()
 
     pairs = [(a, b) for a, b in zip(STREAM[:12].tolist(), STREAM[1:13].tolist(), strict=True) if b != 4]
-    expected = sum(10 * a + b for a, b in pairs) / math.log(2) / sum(BYTES[b] for _, b in pairs)
+    expected = sum(10 * a + b for a, b in pairs) / math.log(2) / sum(BYTES[b].item() for _, b in pairs)
     assert score(nats) == pytest.approx(expected, rel=1e-12)
     assert score(nats, max_tokens=None) == score(nats, max_tokens=12) == score(nats, max_tokens=14)
     # every other of the four windows: targets 0 1 BOS, BOS 1 0
     expected = (40 + 1 + 41 + 10) / math.log(2) / (1 + 2 + 2 + 1)
     assert score(nats, max_tokens=8) == score(nats, max_tokens=6) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 3), (9,), (3, 3, 1), ()])
+def test_losses_of_another_shape_are_refused(shape):
+    with pytest.raises(AssertionError, match=r"not \(3, 3\)"):  # most of them would broadcast
+        score(lambda idx, targets: torch.ones(shape))
 
 
 def test_padding_does_not_count():
@@ -700,6 +1096,7 @@ def test_nan_and_inf_come_through():
 
 def test_uniform_model_scores_what_is_computed(data_dir):
     data = prepare.load(prepare.prepare(data_dir=data_dir))
+    moved = data.to("cpu")
 
     def uniform(idx, targets):
         logits = torch.zeros(*idx.shape, data.vocab_size)
@@ -707,9 +1104,8 @@ def test_uniform_model_scores_what_is_computed(data_dir):
 
     for max_tokens in (None, 777):
         options = {"seq_len": 32, "max_tokens": max_tokens}
-        expected = prepare.uniform_bpb(data.val, data.token_bytes, data.vocab_size, **options)
-        tokens = prepare.to_device(data.val, "cpu")
-        scored = prepare.bits_per_byte(uniform, tokens, data.token_bytes, rows=7, device="cpu", **options)
+        expected = uniform_bpb(data.val, data.token_bytes, data.vocab_size, **options)
+        scored = prepare.bits_per_byte(uniform, moved.val, moved.token_bytes, rows=7, **options)
         assert scored == pytest.approx(expected, rel=1e-6)
     n_all = (len(data.val) - 1) // 32
     firsts = [i * n_all // 24 * 32 for i in range(24)]  # 777 tokens fill 24 windows, spread over all of them
@@ -718,8 +1114,20 @@ def test_uniform_model_scores_what_is_computed(data_dir):
     assert expected == pytest.approx(math.log2(400) * (targets != data.bos).sum() / len(text), rel=1e-12)
 
 
+def test_tokens_on_a_device_are_the_same_bits(data_dir):
+    data = prepare.load(prepare.prepare(data_dir=data_dir))
+    moved = data.to("cpu")
+    for split in prepare.SPLITS:
+        tokens = getattr(moved, split)
+        assert tokens.dtype == torch.int16 and (tokens.numpy().view(np.uint16) == getattr(data, split)).all()
+    assert moved.token_bytes.dtype == torch.int64 and moved.token_bytes.tolist() == data.token_bytes.tolist()
+    assert (moved.folder, moved.meta, moved.stamp) == (data.folder, data.meta, data.stamp)
+    with pytest.raises(AssertionError, match=r"int16 .* Dataset\.to"):
+        prepare.gather(moved.val.long(), torch.zeros(1, dtype=torch.int64), 8)
+
+
 def test_tokens_on_disk_cannot_be_changed(data_dir):
     folder = prepare.prepare(data_dir=data_dir)
     before = contents(folder)
-    prepare.to_device(prepare.load(folder).train, "cpu").zero_()
+    prepare.load(folder).to("cpu").train.zero_()
     assert contents(folder) == before

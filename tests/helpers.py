@@ -1,0 +1,16 @@
+"""What test_prepare.py and test_evolve.py both compare scores with."""
+
+import math
+
+import numpy as np
+
+
+def uniform_bpb(
+    tokens: np.ndarray, token_bytes: np.ndarray, vocab_size: int, *, seq_len: int, max_tokens: int | None = None
+) -> float:
+    """Return the score of uniform logits over the windows of `tokens`, uint16: log2(vocab_size) * tokens / bytes."""
+    n_all = (len(tokens) - 1) // seq_len
+    n_scored = min(n_all, (max_tokens or len(tokens)) // seq_len)
+    first = np.arange(n_scored) * n_all // n_scored * seq_len
+    n_bytes = token_bytes[tokens[first[:, None] + np.arange(1, seq_len + 1)]]
+    return math.log2(vocab_size) * np.count_nonzero(n_bytes) / int(n_bytes.sum())
