@@ -100,8 +100,8 @@ FINAL_BASELINES: CountOr0 = 2  # best transformers in it
 FINAL_SEEDS: Several = 5  # times that each is trained again
 FINAL_FACTOR: Positive = 2.0  # times the budget of the search
 # The machine
-WORKERS: CountOr0 = 0  # processes: one trains while the others compile what comes next; 0: half the CPU cores, up to 8
-DEADLINE: Count = 300  # seconds that building and compiling, or training and scoring beyond twice the budget, may take
+WORKERS: CountOr0 = 0  # processes: one trains, the others compile; 0: as many as cores and memory carry; on a CPU one
+DEADLINE: Count = 300  # seconds that building and compiling may take; training and scoring: plus twice the budget
 
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
     population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=16_384, max_params=3_000_000,
@@ -141,11 +141,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     comments = dict(re.findall(r"^([A-Z_]+): .+? = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for name, default in CONSTANTS.items():
         help = f"{comments[name]} (default {default})".replace("%", "%%")
-        add(f"--{name.lower().replace('_', '-')}", type=type(default), metavar="N", help=help)
+        choices = typing.get_args(HINTS[name])
+        metavar = "|".join(choices) if isinstance(default, str) else "N"
+        add(f"--{name.lower().replace('_', '-')}", type=type(default), metavar=metavar, help=help)
     return parser.parse_args(argv)
 
 
-def read_settings(args: argparse.Namespace) -> "Settings":
+def read_settings(args: argparse.Namespace) -> Settings:
     """Settings from flags, --demo and constants, in that order. Raises Stop naming a constant that is impossible."""
     given = {name.lower(): value for name in CONSTANTS if (value := getattr(args, name.lower())) is not None}
     if "time_budget" in given:
@@ -167,7 +169,7 @@ def read_settings(args: argparse.Namespace) -> "Settings":
     return settings
 
 
-def budget_text(settings: "Settings") -> str:
+def budget_text(settings: Settings) -> str:
     return f"{settings.token_budget:,} tokens" if settings.token_budget else f"{settings.time_budget:g} s"
 
 
@@ -207,7 +209,7 @@ from prepare import say  # noqa: E402
 class Task:
     """All that an evaluation depends on, beside data and settings."""
 
-    stage: str  # of the plan: baseline, search, final
+    stage: str  # of the plan: baseline, search, final; or what else it is for, as --train
     id: str  # of the genome: g3.05 is the fifth newcomer of generation 3, a baseline has its name
     genome: Genome
     seed: int  # of initialisation and of the order of batches
@@ -218,6 +220,11 @@ class Task:
     test: bool = False  # scored on test as well
     hurdle: float | None = None  # nats per token that it must not exceed at HURDLE_AT
     spared: bool = False  # runs on when it does
+
+    @property
+    def evaluation(self) -> tuple[str, str, int]:
+        """What is evaluated: a second result of the same evaluation is another attempt at it."""
+        return self.stage, self.id, self.seed
 
 
 @dataclass
@@ -274,10 +281,7 @@ class Result:
         """Whether a genome of the search is evaluated for the first time."""
         return self.stage == "search" and self.operator != "repeat"
 
-    @property
-    def evaluation(self) -> tuple[str, str, int]:
-        """What was evaluated: a second row of the same evaluation is another attempt at it."""
-        return self.stage, self.id, self.seed
+    evaluation = Task.evaluation
 
 
 def now() -> str:
@@ -427,35 +431,23 @@ def check_network(genome: Genome, seed: int) -> str:
     return ""
 
 
-@dataclass
-class Stopwatch:
-    """When the steps of a training end, in seconds since it began."""
+def stood_still(paces: list[float], budget: float) -> bool:
+    """Whether the last step took over 20 times what a step takes, and more than a twentieth of the budget, in seconds.
 
-    pace: float = 0.0  # of the last step
-    done_at: float = 0.0
-    steps: list[float] = field(default_factory=list)
-
-    def lap(self, now: float):
-        self.pace, self.done_at = now - self.done_at, now
-        self.steps.append(self.pace)
-
-    def stood_still(self, budget: float) -> bool:
-        """Whether the last step took over 20 times what a step takes, and more than a twentieth of the budget.
-
-        The process was suspended, or the GPU busy with something else: the model had fewer seconds than it was given.
-        """
-        before = self.steps[-21:-1]
-        return bool(before) and self.pace > max(20 * statistics.median(before), budget / 20)
+    The process was suspended, or the GPU busy with something else: the model had fewer seconds than it was given.
+    """
+    *before, last = paces[-21:]
+    return bool(before) and last > max(20 * statistics.median(before), budget / 20)
 
 
 class Trial:
     """A genome built and compiled, ready to train with `rows` windows at once.
 
-    Until `run` it only takes up memory on the device and computes nothing there: it may be built while another process
-    trains.
+    Until `run` it takes up memory on the device and computes next to nothing there: it may be built while another
+    process trains.
     """
 
-    def __init__(self, task: Task, data: prepare.Dataset, settings: "Settings", rows: int):
+    def __init__(self, task: Task, data: prepare.Dataset, settings: Settings, rows: int):
         self.task, self.data, self.settings, self.rows = task, data, settings, rows
         self.micro_steps = settings.batch_tokens // settings.seq_len // rows
         device = data.train.device
@@ -497,9 +489,9 @@ class Trial:
         try:
             with torch.cuda.graph(graph, stream=stream):
                 self.step()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             torch.cuda.synchronize()
             for p in self.model.parameters():
                 p.grad = None
@@ -526,12 +518,12 @@ class Trial:
         host = torch.zeros(2, pin_memory=self.on_gpu)
         ends = [torch.cuda.Event(), torch.cuda.Event()] if self.on_gpu else None
         flying: collections.deque = collections.deque()  # the tenth of the budget that each unfinished step belongs to
-        watch, done = Stopwatch(), 0
+        done, done_at, paces = 0, 0.0, [0.0]  # steps that are done, when the last one was, and how long each took
         self.synchronize()
         start = time.perf_counter()
         while result.status == "ok":
             launched = done + len(flying)
-            begins = watch.done_at + watch.pace * len(flying)  # when this step will begin on the device
+            begins = done_at + paces[-1] * len(flying)  # when this step will begin on the device
             fraction = launched * s.batch_tokens / tokens if tokens else begins / seconds
             if fraction < 1:
                 self.optimizer.schedule.fill_(schedule_at(fraction))
@@ -546,16 +538,18 @@ class Trial:
                 continue  # the next step is launched before this one is waited for
             if self.on_gpu:
                 ends[done % 2].synchronize()
-            watch.lap(time.perf_counter() - start)
+            now = time.perf_counter() - start
+            paces.append(now - done_at)
+            done_at = now
             loss = host[done % 2].item()
             tenth, done = flying.popleft(), done + 1
             losses[tenth].append(loss)
             recent.append(loss)
             if not math.isfinite(loss) or (len(recent) == 50 and statistics.fmean(recent) > diverged):
                 result.status = "diverged"
-            if not tokens and watch.stood_still(seconds):
+            if not tokens and stood_still(paces[1:], seconds):
                 result.status = "stalled"
-                self.add_note(f"nothing happened for {watch.pace:.1f} s of {seconds:g} s")
+                self.add_note(f"nothing happened for {paces[-1]:.1f} s of {seconds:g} s")
             if not result.hurdle and task.hurdle is not None and tenth > before_hurdle and losses[before_hurdle]:
                 missed = statistics.fmean(losses[before_hurdle]) > task.hurdle
                 result.hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
@@ -584,32 +578,36 @@ class Trial:
     def sees_the_future(self) -> bool:
         """Whether what was trained predicts otherwise when later tokens are replaced, at the length that was trained.
 
-        Each window has a cut of its own. A pass in which nothing is replaced says what the device's rounding does, and
-        the random numbers of all passes are the same. Routing near a tie may jump in single places; a leak shows in
-        more than one in a hundred.
+        Each window has a cut of its own, behind which its tokens are replaced. The random numbers of all passes are the
+        same, and one more pass, in which nothing is replaced, says how often a loss moves by itself: routing near a tie
+        may jump in single places. A leak moves more than one in a hundred of the losses before the cuts, or, where it
+        does not reach far, the losses at some distance just before the cut in most windows; and clearly more often than
+        they move by themselves.
         """
         s, val = self.settings, self.data.val
         random_tokens = torch.Generator().manual_seed(self.task.seed)
-        noise, change = [], []
-        n_batches = -(-8 // self.rows)
-        windows = min(n_batches * self.rows, prepare.window_count(val, s.seq_len))
+        rounding = 0.02 if self.on_gpu else 1e-4  # nats: of matrix units, and of float32
+        windows = min(-(-8 // self.rows) * self.rows, prepare.window_count(val, s.seq_len))
         batches = prepare.Batches(val, s.seq_len, self.task.seed)
         position = torch.arange(s.seq_len, device=val.device)
+        reach = min(16, s.seq_len - 1)  # distances to the cut that are looked at one by one
+        far, near = [], []
         for first in range(0, windows, self.rows):
             idx, targets = batches(torch.tensor(first, device=val.device), self.rows)
             place = 1 + torch.arange(first, first + self.rows, device=val.device)
-            cut = (place * s.seq_len // (windows + self.rows)).clamp(1, s.seq_len - 1)[:, None]
+            cut = (place * s.seq_len // (windows + self.rows)).clamp(reach, s.seq_len - 1)[:, None]
             other = torch.randint(self.data.vocab_size, idx.shape, generator=random_tokens).to(idx.device)
-            before = position < cut
-            passes = []
-            for seen in (idx, idx, torch.where(before, idx, other)):
+            losses = []
+            for seen in (idx, idx, torch.where(position < cut, idx, other)):
                 torch.manual_seed(self.task.seed)
-                passes.append(self.scored_losses(seen, targets).float()[before])
-            noise.append((passes[1] - passes[0]).abs())
-            change.append((passes[2] - passes[0]).abs())
-        rounding = 0.02 if self.on_gpu else 1e-4  # nats: of bfloat16 and of float32 on matrix units, and of float32
-        limit = rounding + 2 * torch.cat(noise).max()
-        return (torch.cat(change) > limit).float().mean().item() > 0.01
+                losses.append(self.scored_losses(seen, targets).float())
+            moved = torch.stack([(again - losses[0]).abs() > rounding for again in losses[1:]]).float()  # (2, rows, T)
+            far.append(moved[:, position < cut])
+            near.append(moved.gather(2, (cut - 1 - position[:reach]).expand(2, -1, -1)))
+        by_itself, by_change = torch.cat(far, 1).mean(1)
+        near_by_itself, near_by_change = torch.cat(near, 1).mean(1)  # (reach,)
+        leaks = (by_change > 0.01 + 2 * by_itself) | (near_by_change > 0.5 + 2 * near_by_itself).any()
+        return leaks.item()
 
     def run(self):
         """Train and score; fills in the result."""
@@ -626,6 +624,7 @@ class Trial:
                 result.status, result.val_bpb, result.test_bpb = "diverged", None, None
         if self.on_gpu:
             result.memory_mb = torch.cuda.max_memory_allocated() // 2**20
+            torch.cuda.empty_cache()  # what the graph held, before others have their turn
         result.outside = round(time.perf_counter() - entered - result.seconds, 3)
         result.finished = now()
 
@@ -636,7 +635,7 @@ def capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def tenth_before_hurdle(settings: "Settings") -> int:
+def tenth_before_hurdle(settings: Settings) -> int:
     """The point of the loss curve that the hurdle looks at."""
     return round(settings.hurdle_at * CURVE) - 1
 
@@ -645,9 +644,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device had no memory left; cuBLAS says so in an exception of its own kind."""
-    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the device had no memory left, which CUDA, cuBLAS and Triton each say in an exception of their own."""
+    if error is None:
+        return False
+    lacks = "out of memory" in str(error).lower() or "_STATUS_ALLOC_FAILED" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or lacks or is_out_of_memory(error.__context__)
 
 
 class Turn:
@@ -663,10 +665,10 @@ class Turn:
         pass
 
     def make_room(self):
-        """Have those who wait give back the memory that they hold on the device."""
+        """Have those who wait give back the memory that they hold on the device: they are ended, and start again."""
 
 
-def run_trial(task: Task, data: prepare.Dataset, settings: "Settings", turn: Turn) -> tuple[Result, Model | None]:
+def run_trial(task: Task, data: prepare.Dataset, settings: Settings, turn: Turn) -> tuple[Result, Model | None]:
     """Check, build, train and score a genome; returns its result and the trained model, None where there is none.
 
     Where memory is short, whoever else holds some is the reason until shown otherwise: it is tried again in its turn,
@@ -681,7 +683,6 @@ def run_trial(task: Task, data: prepare.Dataset, settings: "Settings", turn: Tur
     has_turn = has_room = False
     with contextlib.ExitStack() as stack:
         while True:
-            trial = None
             try:
                 trial = Trial(task, data, settings, rows)
                 trial.result.held_mb = held
@@ -709,7 +710,7 @@ def run_trial(task: Task, data: prepare.Dataset, settings: "Settings", turn: Tur
                 rows = fewer(rows)
 
 
-def evaluate(task: Task, data: prepare.Dataset, settings: "Settings", turn: Turn) -> Result:
+def evaluate(task: Task, data: prepare.Dataset, settings: Settings, turn: Turn) -> Result:
     """Train and score one genome: a pure function of its arguments, but for time. Leaves nothing on the device."""
     result = run_trial(task, data, settings, turn)[0]
     free_memory()
@@ -779,8 +780,9 @@ class GpuTurn(Turn):
             self.tell(
                 f"{self.path} cannot be locked ({error.strerror}): another run on this GPU would spoil both clocks"
             )
-            return
-        os.pwrite(self.fd, self.who, 0)
+            return self.__exit__()
+        with contextlib.suppress(OSError):  # a full disk: then nobody learns who has it
+            os.pwrite(self.fd, self.who, 0)
 
     def wait(self):
         begun, known = time.monotonic(), {b"", self.who}
@@ -802,11 +804,17 @@ class GpuTurn(Turn):
             self.fd = None
 
 
+class Tell(NamedTuple):
+    """What a worker has to say to the user."""
+
+    text: str
+
+
 class WorkerTurn(GpuTurn):
     """The turn of a worker, which tells its pool. The alarm that ends it when it hangs is off while it waits."""
 
     def __init__(self, path: Path | None, who: str, pipe, limit: int):
-        super().__init__(path, who, pipe.send)
+        super().__init__(path, who, lambda text: pipe.send(Tell(text)))
         self.pipe, self.limit = pipe, limit
 
     def __enter__(self):
@@ -820,11 +828,11 @@ class WorkerTurn(GpuTurn):
         self.pipe.recv()
 
 
-def serve(pipe, folder: Path, stamp: tuple, settings: "Settings", device: torch.device, who: str, threads: int):
+def serve(pipe, folder: Path, stamp: tuple, settings: Settings, device: torch.device, who: str):
     """What a worker does: take tasks from the pool and send results.
 
-    In between it says what it does, ready or training, or that it needs the memory of the others, make room. Other
-    strings are for the user to read, and a Stop ends the run.
+    In between it says what it does ("ready", "training"), or that it needs the memory of the others ("make room"). What
+    it Tells is for the user to read, and a Stop ends the run.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -835,7 +843,6 @@ def serve(pipe, folder: Path, stamp: tuple, settings: "Settings", device: torch.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     if device.type != "cpu":
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
         torch.set_num_threads(1)
         torch.cuda.set_device(device)
     data = prepare.load(folder, stamp=stamp).to(device)
@@ -860,14 +867,13 @@ def serve(pipe, folder: Path, stamp: tuple, settings: "Settings", device: torch.
         gc.freeze()  # what is left, modules and compiled code, stays: gc.collect need not look through it again
 
 
-def compiler_problem(vocab_size: int, device: torch.device, settings: "Settings") -> str:
+def compiler_problem(vocab_size: int, device: torch.device, settings: Settings) -> str:
     """Why nothing can be compiled on this machine, or "". Without that a night would pass at a third of the speed."""
-    rows = settings.batch_tokens // settings.seq_len
+    model = Model(Genome((Gene("norm"),)), vocab_size, compute_dtype(device)).to(device)
     try:
-        model = Model(Genome((Gene("norm"),)), vocab_size, compute_dtype(device)).to(device)
-        reason = model.compile(rows, settings.seq_len)
-    except (torch.OutOfMemoryError, OSError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = model.compile(settings.batch_tokens // settings.seq_len, settings.seq_len)
+    except FileNotFoundError as error:  # of a compiler that the environment names
+        reason = str(error)
     return reason and (
         f"Nothing can be compiled for {torch.cuda.get_device_name(device)} ({reason}). It needs a C compiler, Python's "
         "headers, and a card that Triton knows (compute capability 7.0 or more): apt install gcc python3-dev"
@@ -881,7 +887,7 @@ def place_of(error: BaseException) -> str:
     return f" ({Path(ours[-1].filename).name}:{ours[-1].lineno} in {ours[-1].name})" if ours else ""
 
 
-def training_limit(task: Task, settings: "Settings") -> int:
+def training_limit(task: Task, settings: Settings) -> int:
     """Seconds that training and scoring may take before the worker counts as hung."""
     if settings.token_budget:
         return math.ceil(settings.deadline * max(1.0, task.budget))
@@ -905,15 +911,17 @@ class Pool:
     outside ended it (an impatient user, the machine out of memory), or its training stood still, it is tried once more.
     """
 
-    def __init__(self, data: prepare.Dataset, settings: "Settings", device: torch.device, out: Path):
+    def __init__(self, data: prepare.Dataset, settings: Settings, device: torch.device, out: Path):
         self.data, self.settings, self.device = data, settings, device
         self.who = f"process {os.getpid()} for {out.resolve()}"
         self.context = multiprocessing.get_context(START_METHOD)
         self.size = worker_count(settings, data, device)  # workers that there should be
         self.alone: Worker | None = None  # the one that needs all memory of the device
-        self.worked, self.failed_starts = False, 0  # whether a worker ever was ready; starts that failed in a row
+        self.failed_starts = 0  # in a row
         # Trackers, ours and those of workers, free the semaphores of killed processes; their warning helps nobody.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+        # Workers compile at the same time; torch reads this when it is imported.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cpu_cores() // self.size)))
         self.workers = [self.start() for _ in range(self.size)]
 
     def __enter__(self) -> "Pool":
@@ -930,14 +938,13 @@ class Pool:
         for w in self.workers:
             w.process.join(max(0.0, deadline - time.monotonic()))
             w.process.kill()
-            w.process.join()
+            w.process.join(5)
 
     def start(self) -> Worker:
         """Start a worker. Raises PrepareError where the data are not those that the run began with."""
         prepare.load(self.data.folder, stamp=self.data.stamp)
         ours, theirs = self.context.Pipe()
-        threads = max(1, cpu_cores() // self.size)
-        args = (theirs, self.data.folder, self.data.stamp, self.settings, self.device, self.who, threads)
+        args = (theirs, self.data.folder, self.data.stamp, self.settings, self.device, self.who)
         process = self.context.Process(target=serve, args=args, daemon=True)
         multiprocessing.resource_tracker.ensure_running()  # now, as its start unblocks what is blocked
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits that: Ctrl-C is ours alone
@@ -965,24 +972,33 @@ class Pool:
                 try:
                     message = w.pipe.recv()
                 except (EOFError, OSError):
+                    w.process.join(5)
+                    if w.state == "starting":
+                        self.start_failed(w)
                     message = self.epitaph(w)
                 if isinstance(message, Stop):
                     raise message
+                if isinstance(message, Tell):
+                    if message not in told:
+                        told.add(message)
+                        say(message.text)
+                    continue
                 if message == "make room":
                     queue.extendleft(self.make_room(w))
-                    break  # the others are gone
+                    break  # most of the others are gone
                 if isinstance(message, str):
-                    if message in ("ready", "training"):
-                        w.state, self.worked, self.failed_starts = message, True, 0
-                    elif message not in told:
-                        told.add(message)
-                        say(message)
+                    w.state = message
+                    if message == "ready":
+                        self.failed_starts = 0
                     continue
                 task, w.state, w.task = w.task, "ready", None
                 if message is None or message.status in ("crash", "timeout") or message.captured is False:
                     self.end(w)  # a failed capture, too, leaves torch's allocator in disorder
                 if w is self.alone:
                     self.alone = None
+                    if message and message.rows == self.settings.batch_tokens // self.settings.seq_len:
+                        self.size = max(1, self.size // 2)
+                        say(f"{task.id}: had too little memory beside those that wait; from now on {self.size} at work")
                 if task is None:
                     continue
                 if (message is None or message.status == "stalled") and task not in tried:
@@ -994,18 +1010,22 @@ class Pool:
                 expected -= 1
                 yield message or Result.of(task, "crash", note="the worker was killed, twice")
 
+    def start_failed(self, w: Worker):
+        """Start another in its place; after three failures in a row do without, while there are others."""
+        self.failed_starts += 1
+        why = f"exit code {w.process.exitcode}; what it printed stands above"
+        if w.process.exitcode == ENDED_BY_ALARM:
+            why = f"it took over DEADLINE = {self.settings.deadline} s"
+        if self.failed_starts < 3:
+            return say(f"A worker could not start ({why}); trying again")
+        self.size, self.failed_starts = self.size - 1, 0
+        if not self.size:
+            raise Stop(f"No worker can start ({why})")
+        say(f"A worker could not start, three times ({why}). Going on with {self.size}")
+
     def epitaph(self, w: Worker) -> Result | None:
-        """What a worker that died was doing, as a result; None where a signal from outside ended it, or it was idle."""
-        w.process.join(5)
+        """What a worker that died was doing, as a result; None where it was nothing, or where a signal ended it."""
         code = w.process.exitcode
-        if w.state == "starting":
-            self.failed_starts += 1
-            why = f"A worker could not start (exit code {code}); what it printed stands above"
-            if not self.worked or self.failed_starts == 3:  # done without, where others work
-                self.size -= 1
-                if not self.size:
-                    raise Stop(why)
-                say(f"{why}. Going on with {self.size}")
         if w.task is None or (code is not None and code < 0 and code != ENDED_BY_ALARM):
             return None
         if code != ENDED_BY_ALARM:
@@ -1014,17 +1034,15 @@ class Pool:
         return Result.of(w.task, "timeout", note=f"{w.state} took over {seconds} s")
 
     def make_room(self, w: Worker) -> list[Task]:
-        """End all workers but one, and have fewer from now on; returns what they were doing."""
-        others = [other for other in self.workers if other is not w]
-        for other in others:
+        """End the workers that wait beside one that needs their memory; returns what they were doing."""
+        # one that was training has just ended, as it is the turn of w: its result is on its way
+        waiting = [other for other in self.workers if other is not w and other.state != "training"]
+        for other in waiting:
             self.end(other)
-        if others:
-            self.size = max(1, self.size // 2)
-            say(f"{w.task.id}: memory is short; {len(others)} that wait gave theirs back, {self.size} from now on")
         self.alone = w
         with contextlib.suppress(OSError):
             w.pipe.send("there is room")
-        return [other.task for other in others if other.task]
+        return [other.task for other in waiting if other.task]
 
     def end(self, w: Worker):
         w.process.kill()
@@ -1047,7 +1065,7 @@ def free_mb(device: torch.device) -> int:
         return card.total_memory // 2**20
 
 
-def worker_count(settings: "Settings", data: prepare.Dataset, device: torch.device) -> int:
+def worker_count(settings: Settings, data: prepare.Dataset, device: torch.device) -> int:
     """As many as WORKERS says, or as the card's free memory and half the cores carry, up to 8; one on the CPU."""
     if device.type == "cpu":
         return 1
@@ -1055,7 +1073,8 @@ def worker_count(settings: "Settings", data: prepare.Dataset, device: torch.devi
     free = free_mb(device)
     carried = max(1, (free - TRAINS_MB) // waiting)
     n = settings.workers or max(1, min(8, cpu_cores() // 2, carried))
-    say(f"{n} workers: one trains, the others compile ({cpu_cores()} cores; {free:,} MiB free for {carried} of them)")
+    what = "workers: one trains, the others compile" if n > 1 else "worker"
+    say(f"{n} {what} ({cpu_cores()} cores; {free:,} MiB free for {carried} of them)")
     return n
 
 
@@ -1069,8 +1088,8 @@ STATUSES = ("ok", "diverged", "oom", "leak", "dead", "stopped", "stalled", "time
 def to_line(result: Result) -> str:
     values = (getattr(result, name) for name in COLUMNS)
     texts = ("" if v is None else f"{v:.6f}" if isinstance(v, float) else str(v) for v in values)
-    # a tab or the end of a line would end the cell; a number sign, to many readers of such files, begins a comment
-    return "\t".join(re.sub(r"[\t\r\n]+", " ", text).replace("#", "") for text in texts) + "\n"
+    # what ends a cell; and what to many readers of such files begins a comment, or, in front, a quotation
+    return "\t".join(re.sub(r"[\t\r\n]+", " ", text).replace("#", "").lstrip('"') for text in texts) + "\n"
 
 
 def from_cells(cells: dict[str, str]) -> Result:
@@ -1236,13 +1255,19 @@ class Record:
         return folder
 
 
+def differences(header: dict, other: dict) -> dict[str, str]:
+    """What differs between the headers of two runs, by name, in words."""
+    names = [name for name in {**header, **other} if header.get(name) != other.get(name)]
+    return {name: f"{name.upper()} ({header.get(name)}, here {other.get(name)})" for name in names}
+
+
 Controls = dict[tuple[str, str | int], list[Result]]  # ("strategy", "random") or ("seed", 1): the rows of that run
 
 
 def find_controls(out: Path, header: dict) -> Controls:
     """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, of each the last by name.
 
-    Says which records cannot be read.
+    Says which are left out, and why.
     """
     found = {}
     for path in sorted(out.glob("runs/*/results.tsv")):
@@ -1251,9 +1276,13 @@ def find_controls(out: Path, header: dict) -> Controls:
         except (OSError, ValueError) as error:
             say(f"{path} is left out of the picture: {error}")
             continue
-        differs = [key for key in {**header, **other} if other.get(key) != header.get(key)]
-        if differs in (["strategy"], ["seed"]):
-            found[differs[0], other[differs[0]]] = rows
+        differs = differences(other, header)
+        if list(differs) in (["strategy"], ["seed"]):
+            (what,) = differs
+            found[what, other[what]] = rows
+        else:
+            why = ", ".join(list(differs.values())[:2]) + (f" and {len(differs) - 2} more" if len(differs) > 2 else "")
+            say(f"{path} is left out of the picture: {f'it differs in {why}' if differs else 'it is the same run'}")
     return found
 
 
@@ -1331,7 +1360,7 @@ def code_hash() -> str:
     return hashlib.sha256("\n".join(f"{key} {code[key]}" for key in sorted(code)).encode()).hexdigest()[:12]
 
 
-def describe_run(settings: "Settings", data: prepare.Dataset, device: str) -> dict:
+def describe_run(settings: Settings, data: prepare.Dataset, device: str) -> dict:
     """The header of a record."""
     own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
     data_is = {"data": data.source, "fingerprint": data.fingerprint, "vocab_size": data.vocab_size}
@@ -1353,15 +1382,11 @@ class Candidate:
     tried: int  # evaluations, those that failed included
     curve: tuple[float, ...]  # the mean of its loss curves
     generation: int | None  # in which it was new
-    json: str
+    genome: Genome
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.scores)
-
-    @property
-    def genome(self) -> Genome:
-        return Genome.from_json(self.json)
 
 
 def in_order(id: str) -> list:
@@ -1385,7 +1410,8 @@ def candidates(rows: list[Result]) -> list[Candidate]:
         if ok and not wrong and len(group) - len(ok) < 2:
             curve = tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in ok), strict=True))
             first = min((row.generation for row in group), key=lambda g: (g is not None, g))
-            found.append(Candidate(name, tuple(r.val_bpb for r in ok), len(group), curve, first, ok[0].genome))
+            genome = Genome.from_json(ok[0].genome)
+            found.append(Candidate(name, tuple(r.val_bpb for r in ok), len(group), curve, first, genome))
     return sorted(found, key=lambda c: (c.mean, in_order(c.id)))
 
 
@@ -1402,11 +1428,11 @@ def missing(tasks: list[Task], rows: list[Result], attempts: int = 1) -> list[Ta
     done = collections.defaultdict(list)
     for row in rows:
         done[row.evaluation].append(row.status)
-    earlier = [done[t.stage, t.id, t.seed] for t in tasks]
+    earlier = [done[t.evaluation] for t in tasks]
     return [t for t, ends in zip(tasks, earlier, strict=True) if "ok" not in ends and len(ends) < attempts]
 
 
-def baseline_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """The designs made by people that are small enough; they meet the same batches as generation 0."""
     tasks = [
         Task("baseline", name, genome, settings.seed * SEEDS)
@@ -1416,7 +1442,7 @@ def baseline_tasks(rows: list[Result], settings: "Settings", vocab_size: int) ->
     return missing(tasks, rows)
 
 
-def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list[Candidate]:
+def select(rows: list[Result], settings: Settings, rng: random.Random) -> list[Candidate]:
     """The survivors: the best by mean of their evaluations; under drift any, for comparison."""
     found = searched(rows)
     if settings.strategy == "drift":
@@ -1424,7 +1450,7 @@ def select(rows: list[Result], settings: "Settings", rng: random.Random) -> list
     return found[: settings.survivors]
 
 
-def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size: int) -> list[Task]:
+def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: int) -> list[Task]:
     """The evaluations of a generation, from what came before it: survivors again with a new seed, then newcomers."""
     rng = random.Random(f"{settings.seed}/{generation}")
     earlier = [row for row in of_stage(rows, "search") if row.generation < generation]
@@ -1465,7 +1491,7 @@ def breed(rows: list[Result], generation: int, settings: "Settings", vocab_size:
     return tasks
 
 
-def search_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+def search_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """What is left of the first generation that is not complete."""
     done = collections.Counter(
         generation for generation, _ in {(r.generation, r.evaluation) for r in of_stage(rows, "search")}
@@ -1476,12 +1502,12 @@ def search_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> l
     return []
 
 
-def best_transformers(rows: list[Result], settings: "Settings") -> list[Candidate]:
+def best_transformers(rows: list[Result], settings: Settings) -> list[Candidate]:
     baselines = candidates(of_stage(rows, "baseline"))
     return [c for c in baselines if c.id.startswith("transformer")][: settings.final_baselines]
 
 
-def final_evaluations(rows: list[Result], settings: "Settings") -> list[Task]:
+def final_evaluations(rows: list[Result], settings: Settings) -> list[Task]:
     """The best genomes of the search and the best transformers, each with the same fresh seeds."""
     finalists = [*searched(rows)[: settings.finalists], *best_transformers(rows, settings)]
     first = settings.seed * SEEDS + SEEDS // 2  # seeds that the search never used
@@ -1492,16 +1518,16 @@ def final_evaluations(rows: list[Result], settings: "Settings") -> list[Task]:
     ]
 
 
-def final_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+def final_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     return missing(final_evaluations(rows, settings), rows, attempts=2)
 
 
-STAGES = {"baseline": baseline_tasks, "search": search_tasks, "final": final_tasks}
+STAGES = (baseline_tasks, search_tasks, final_tasks)
 
 
-def next_tasks(rows: list[Result], settings: "Settings", vocab_size: int) -> list[Task]:
+def next_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """What is to be evaluated next, all of one stage; [] when the run is finished. A pure function of its arguments."""
-    return next((tasks for stage in STAGES.values() if (tasks := stage(rows, settings, vocab_size))), [])
+    return next((tasks for stage in STAGES if (tasks := stage(rows, settings, vocab_size))), [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1551,7 +1577,7 @@ class Finalist:
     failed: int  # evaluations of the final that were not ok
 
 
-def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
+def final_table(rows: list[Result], settings: Settings) -> list[Finalist]:
     """Everyone in the final, best first; empty before all of it is done.
 
     Ranked by val, those with failures last, so that the test score of the winner is not the best of several.
@@ -1564,18 +1590,18 @@ def final_table(rows: list[Result], settings: "Settings") -> list[Finalist]:
     before = {c.id: c.mean for c in searched(rows)} | baselines
     table = []
     for name in dict.fromkeys(t.id for t in tasks):
-        mine = [done["final", t.id, t.seed] for t in tasks if t.id == name]
+        mine = [done[t.evaluation] for t in tasks if t.id == name]
         ok = [r for r in mine if r.status == "ok"]
         if ok:
             test, val = estimate(r.test_bpb for r in ok), estimate(r.val_bpb for r in ok)
             genome = Genome.from_json(mine[0].genome)
             table.append(Finalist(name, genome, test, val, before[name], None, len(mine) - len(ok)))
     table.sort(key=lambda f: (f.failed > 0, f.val.mean))
-    rival = next((f.id for f in table if f.id in baselines), None)
+    rival = min((f for f in table if f.id in baselines), key=lambda f: f.val.mean, default=None)
     seeds = dict.fromkeys(t.seed for t in tasks)
     for n, f in enumerate(table):
         if rival and f.id not in baselines:
-            pairs = [(done["final", rival, seed], done["final", f.id, seed]) for seed in seeds]
+            pairs = [(done["final", rival.id, seed], done["final", f.id, seed]) for seed in seeds]
             leads = [theirs.test_bpb - own.test_bpb for theirs, own in pairs if theirs.status == own.status == "ok"]
             table[n] = dataclasses.replace(f, lead=estimate(leads) if leads else None)
     return table
@@ -1629,7 +1655,7 @@ def result_text(r: Result) -> str:
             f"{what:<16}  {r.summary}{test}{note}")  # fmt: skip
 
 
-def stage_text(rows: list[Result], settings: "Settings", task: Task) -> str:
+def stage_text(rows: list[Result], settings: Settings, task: Task) -> str:
     """How the search stands after the generation of a task; nothing after other stages."""
     if task.stage != "search":
         return ""
@@ -1646,7 +1672,7 @@ def stage_text(rows: list[Result], settings: "Settings", task: Task) -> str:
     return "  ".join(parts) + "\n"
 
 
-def final_text(table: list[Finalist], settings: "Settings") -> str:
+def final_text(table: list[Finalist], settings: Settings) -> str:
     lines = [f"\nThe final: {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte\n"]
     lines.append(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the best transformer on test")
     for f in table:
@@ -1662,7 +1688,7 @@ def lineage_text(rows: list[Result], name: str) -> str:
     return "\n".join([f"\nHow {name} came to be\n", *lines])
 
 
-def ops_text(rows: list[Result], winner: Genome, settings: "Settings") -> str:
+def ops_text(rows: list[Result], winner: Genome, settings: Settings) -> str:
     """What became of every op: in how many newcomers it was, until when in one of the best, how often in the winner."""
     newcomers = {r.id: [node.gene.op for node in Genome.from_json(r.genome).network] for r in rows if r.is_newcomer}
     kept = [node.gene.op for node in winner.network]
@@ -1676,7 +1702,7 @@ def ops_text(rows: list[Result], winner: Genome, settings: "Settings") -> str:
     return "\n".join(lines)
 
 
-def hurdle_text(rows: list[Result], settings: "Settings") -> str:
+def hurdle_text(rows: list[Result], settings: Settings) -> str:
     """What the hurdle saved, and how often it would have stopped a survivor: some that miss it run on all the same."""
     newcomers, leaders = [r for r in rows if r.is_newcomer], leaders_by_generation(rows, settings.survivors)
     stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
@@ -1686,7 +1712,7 @@ def hurdle_text(rows: list[Result], settings: "Settings") -> str:
             f"{len(spared)} that missed it ran on, {survived} of them to survive")  # fmt: skip
 
 
-def end_text(rows: list[Result], settings: "Settings") -> str:
+def end_text(rows: list[Result], settings: Settings) -> str:
     """What came of a run that is finished."""
     table = final_table(rows, settings)
     winner = best_evolved(table, rows)
@@ -1696,7 +1722,7 @@ def end_text(rows: list[Result], settings: "Settings") -> str:
     return "\n".join([*texts, *([hurdle_text(rows, settings)] if settings.hurdle else [])])
 
 
-def best_genome(rows: list[Result], header: dict, settings: "Settings") -> dict | None:
+def best_genome(rows: list[Result], header: dict, settings: Settings) -> dict | None:
     """What best_genome.json holds: the winner of the final, before it the best of the search, and how to check it."""
     found = searched(rows)
     if not found:
@@ -1735,6 +1761,7 @@ def picture(rows: list[Result], title: str, controls: Controls) -> bytes | None:
 
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: that would want the backend that the environment names
+    from matplotlib.ticker import MaxNLocator
 
     ok = [r for r in of_stage(rows, "search") if r.status == "ok"]
     if not ok:
@@ -1745,12 +1772,15 @@ def picture(rows: list[Result], title: str, controls: Controls) -> bytes | None:
         figure = Figure(figsize=(10, 9))
         axes = figure.subplot_mosaic([["better", "better"], ["made", "cost"]])
         draw_scores(axes["better"], rows, ok, generations, last, controls)
-        draw_ops(axes["made"], ok, generations, last)
+        draw_ops(axes["made"], ok, last)
         draw_costs(axes["cost"], rows, ok, axes["better"].get_ylim())
         for name in ("better", "made"):
             axes[name].set_xlabel("generation")
-            axes[name].xaxis.get_major_locator().set_params(integer=True)
-        figure.suptitle(title.replace("$", r"\$"), fontsize=12, wrap=True)  # a dollar would begin mathematics
+            axes[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        title = re.sub(r"\S{50}(?=\S)", r"\g<0> ", title).replace(
+            "$", r"\$"
+        )  # lines break at spaces; $ begins mathematics
+        figure.suptitle(title, fontsize=12, wrap=True)
         figure.tight_layout()
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png")
@@ -1827,19 +1857,21 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.5, -0.15))
 
 
-def draw_ops(axis, ok: list[Result], generations: list[int], last: int):
+def draw_ops(axis, ok: list[Result], last: int):
     """The share of each op in the genes of a generation, norms aside."""
     counts = collections.defaultdict(collections.Counter)
     for r in ok:
         counts[r.generation].update(n.gene.op for n in Genome.from_json(r.genome).network if n.gene.op != "norm")
-    base = np.zeros(len(generations))
+    edges, base = np.arange(last + 2) - 0.5, np.zeros(last + 1)
     for i, op in enumerate(OPS):
-        height = np.array([counts[g][op] / max(1, counts[g].total()) for g in generations])
-        if height.any():
+        top = base + [counts[g][op] / max(1, counts[g].total()) for g in range(last + 1)]
+        if (top > base).any():
             look = dict(color=COLOURS[i % len(COLOURS)], hatch=["", "//", "..", "xx"][i // len(COLOURS)])
-            edge = dict(edgecolor="white", lw=0.3 if len(generations) < 100 else 0)  # many edges would hide the bars
-            axis.bar(generations, height, 1.0, base, label=op, **look, **edge)
-            base += height
+            look |= dict(
+                edgecolor="white", lw=0.3 if last < 100 else 0
+            )  # of many columns the edges would hide the rest
+            axis.stairs(top, edges, baseline=base, fill=True, label=op, **look)
+        base = top
     axis.set(title="What is it made of?", ylabel="share of genes, norms aside", ylim=(0, 1), xlim=(-0.5, last + 0.5))
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -1860,7 +1892,7 @@ def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, 
     axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
 
 
-def write_reports(out: Path, rows: list[Result], header: dict, settings: "Settings", controls: Controls):
+def write_reports(out: Path, rows: list[Result], header: dict, settings: Settings, controls: Controls):
     """best_genome.json and progress.png."""
     best = best_genome(rows, header, settings)
     if best is None:
@@ -1886,7 +1918,7 @@ OPS_SECONDS = 60  # that trying all ops may take
 ALIKE = 3  # crashes in a row with the same note, nothing else before them, that stop a run
 
 
-def evolve(record: Record, settings: "Settings", data: prepare.Dataset, device: torch.device):
+def evolve(record: Record, settings: Settings, data: prepare.Dataset, device: torch.device):
     """The whole search, from wherever the record stands. Reports are written while the next evaluations go on."""
     out = record.path.parent
     controls = find_controls(out, record.header)
@@ -1940,7 +1972,7 @@ def unless_all_crash(results: Iterator[Result], rows: list[Result], limit: int) 
     yield from held
 
 
-def slower_text(result: Result, rows: list[Result], settings: "Settings") -> str:
+def slower_text(result: Result, rows: list[Result], settings: Settings) -> str:
     """A warning where a genome trains clearly slower or faster than when it was evaluated first, else nothing."""
     first = next((r for r in rows if r.key == result.key and r.status == "ok"), None)
     if first is None or result.status != "ok" or settings.token_budget or not first.tokens_per_s:
@@ -1958,14 +1990,18 @@ def read_genome(path: Path) -> Genome:
     return Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
 
 
-def train_one(args: argparse.Namespace, genome: Genome, settings: "Settings", data: prepare.Dataset, device):
+def train_one(args: argparse.Namespace, genome: Genome, settings: Settings, data: prepare.Dataset, device):
     """Train one genome for the budget, print its val_bpb and some text that it writes, and keep it where asked."""
     path = Path(args.train)
     say(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
     task = Task("train", path.stem, genome, settings.seed)
     on_device = data.to(device)
     turn = GpuTurn(turn_file(device), f"process {os.getpid()} for --train {path}", say)
+    if device.type == "cuda" and (problem := compiler_problem(data.vocab_size, device, settings)):
+        raise Stop(problem)
     result, model = run_trial(task, on_device, settings, turn)
+    if result.note:
+        say(result.note)
     if result.status != "ok":
         raise Stop(f"{path}: training ended with status {result.status}. {result.note}")
     passes = result.tokens / len(data.train)
@@ -1973,7 +2009,8 @@ def train_one(args: argparse.Namespace, genome: Genome, settings: "Settings", da
         f"{result.tokens_per_s:,.0f} a second, {passes:.1f} passes over the training text\n")  # fmt: skip
     if args.save:
         save_model(Path(args.save), model, data)
-    say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
+    with turn:
+        say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
 
 
 def save_model(path: Path, model: Model, data: prepare.Dataset):
@@ -2023,21 +2060,21 @@ def write_text(model: Model, data: prepare.Dataset, prompt: str, seq_len: int, s
     return tokenizer.decode(tokens[1:])
 
 
-def begin_or_go_on(record: Record, header: dict, settings: "Settings", new: bool) -> bool:
+def begin_or_go_on(record: Record, header: dict, settings: Settings, new: bool) -> bool:
     """Make the record one of the run that the header describes; returns whether there is something to do in it.
 
     A run that differs is moved to runs/.
     """
     old = record.header
     if old is not None:
-        differs = [f"{k.upper()} {old.get(k)}, now {header[k]}" for k in header if old.get(k) != header[k]]
+        differs = list(differences(old, header).values())
         if record.columns != list(COLUMNS) and not differs:
             differs = ["columns of another version"]
         if old.get("device", "cpu") != "cpu" and header["device"] == "cpu" and not new:
             raise Stop(f"The run in {record.path} was made on {old['device']}, and no GPU is to be seen. Nothing was "
                        "changed: bring it back, or name another folder with --out")  # fmt: skip
         if new or differs:
-            why = "--new" if new else "it differs: " + "; ".join(differs)
+            why = "--new" if new else f"it differs in {', '.join(differs)}"
             say(f"The run in {record.path} was moved to {record.move_away()} ({why})")
         elif not next_tasks(record.rows, settings, header["vocab_size"]):
             say(f"The run in {record.path} is finished: {len(record.rows)} evaluations. Raise MAX_GENERATIONS above "
@@ -2052,6 +2089,7 @@ def begin_or_go_on(record: Record, header: dict, settings: "Settings", new: bool
 
 def try_ops(pipe):
     """Build and run every op: send (which, None) before each, and at the end what is wrong with one, or ""."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     signal.alarm(OPS_SECONDS)
     problem = op_problem(trying=lambda which: pipe.send((which, None)))
     pipe.send(("", problem))
@@ -2105,7 +2143,8 @@ def run_command(args: argparse.Namespace):
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if args.write:
         model = load_model(Path(args.write), data, device)
-        return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
+        with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
+            return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if name == "cpu" and not settings.token_budget:
         raise Stop(f"A trial of seconds needs a GPU, and none is to be seen: {no_gpu_reason()}. Mend that (the driver, "
@@ -2114,8 +2153,11 @@ def run_command(args: argparse.Namespace):
     if name == "cpu":
         say("No GPU is used: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests")
     elif compute_dtype(device) == torch.float32:
+        more = (
+            "" if settings.token_budget else f". Raise TIME_BUDGET (now {settings.time_budget:g} s) to make up for it"
+        )
         say(f"{name} does not compute in bfloat16: training in float32, at a fraction of the tokens a second and with "
-            f"more memory. Raise TIME_BUDGET (now {settings.time_budget:g} s) to make up for it")  # fmt: skip
+            f"more memory{more}")  # fmt: skip
     if genome:
         return train_one(args, genome, settings, data, device)
     if torch.cuda.device_count() > 1:

@@ -1087,7 +1087,9 @@ class Model(nn.Module):
             dtype = self.embed.dtype
             return torch.empty(rows, seq_len, width, dtype=dtype, device=table.device, requires_grad=True)
 
-        idx = torch.empty(rows, seq_len, dtype=torch.int64, device=table.device)
+        idx = torch.zeros(
+            rows, seq_len, dtype=torch.int64, device=table.device
+        )  # read, where the compiler skips a part
         compile_one(self.embed, ("embed", self.genome.embed_dim), [idx])
         for node, block in zip(self.genome.network, self.blocks, strict=True):
             if not OPS[node.gene.op].compiles:
@@ -1220,7 +1222,7 @@ def rule_broken(op: str, traits: dict, d_in: int, d_out: int, dtype: torch.dtype
         for width in WIDTHS:
             block_params(gene if gene.dim is None else gene.change(dim=width), width, width)
         doing = f"run in {dtype}"
-        y = block.op(torch.randn(2, 8, d_in, dtype=dtype))
+        y = block.op(torch.randn(2, 8, d_in, dtype=dtype, requires_grad=True) * 1)
     except Exception as error:  # whatever an op may raise
         return f"cannot be {doing}: {type(error).__name__}: {error}"
     if not isinstance(y, torch.Tensor) or y.shape != (2, 8, d_out):
@@ -1228,7 +1230,14 @@ def rule_broken(op: str, traits: dict, d_in: int, d_out: int, dtype: torch.dtype
         return f"has to map (B, T, {d_in}) to (B, T, {d_out}), here {(2, 8, d_in)} to {(2, 8, d_out)}, not to {found}"
     if y.dtype != dtype:
         return f"has to keep the dtype of what it reads, and makes {y.dtype} of {dtype}"
-    return "" if y.isfinite().all() else f"puts out numbers that are not finite, in {dtype}"
+    if not y.isfinite().all():
+        return f"puts out numbers that are not finite, in {dtype}"
+    try:
+        y.float().sum().backward()
+    except RuntimeError as error:
+        return f"has no gradient: {error}"
+    idle = next((name for name, p in block.op.named_parameters() if p.grad is None), None)
+    return "" if idle is None else f"has a parameter {idle} that is not used, and so has no gradient"
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ variants networks made by hand near the published winner, and transformers, 5 s 
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import gc
 import math
@@ -207,7 +206,7 @@ def bpb(data, settings, seeds, budgets=(5.0, 10.0, 30.0)):
         for seed in range(seeds):
             start = time.perf_counter()
             s = dataclasses.replace(settings, time_budget=seconds)
-            results.append(evolve.evaluate(task_for(REFERENCE, seed), data, s, contextlib.nullcontext()))
+            results.append(evolve.evaluate(task_for(REFERENCE, seed), data, s, evolve.Turn()))
             wall = time.perf_counter() - start
         scores = [r.val_bpb for r in results]
         print(f"  {seconds:g} s: {statistics.fmean(scores):.4f}  ({' '.join(f'{x:.4f}' for x in scores)}), "
