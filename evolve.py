@@ -587,7 +587,7 @@ class Trial:
         s, val = self.settings, self.data.val
         random_tokens = torch.Generator().manual_seed(self.task.seed)
         rounding = 0.02 if self.on_gpu else 1e-4  # nats: of matrix units, and of float32
-        windows = min(-(-8 // self.rows) * self.rows, prepare.window_count(val, s.seq_len))
+        windows = min(-(-4 // self.rows) * self.rows, prepare.window_count(val, s.seq_len))  # four or more
         batches = prepare.Batches(val, s.seq_len, self.task.seed)
         position = torch.arange(s.seq_len, device=val.device)
         reach = min(16, s.seq_len - 1)  # distances to the cut that are looked at one by one
@@ -996,8 +996,12 @@ class Pool:
                     self.end(w)  # a failed capture, too, leaves torch's allocator in disorder
                 if w is self.alone:
                     self.alone = None
-                    if message and message.rows == self.settings.batch_tokens // self.settings.seq_len:
-                        self.size = max(1, self.size // 2)
+                    if (
+                        message
+                        and message.rows == self.settings.batch_tokens // self.settings.seq_len
+                        and self.size > 1
+                    ):
+                        self.size //= 2
                         say(f"{task.id}: had too little memory beside those that wait; from now on {self.size} at work")
                 if task is None:
                     continue
