@@ -461,6 +461,7 @@ class Trial:
         self.loss = torch.zeros((), device=device)  # of the last step, nats per token
         note = self.model.compile(rows, settings.seq_len) if self.on_gpu else ""
         self.result = Result.of(task, params=sum(p.numel() for p in self.model.parameters()), rows=rows, note=note)
+        self.progress: Callable[[float], None] = lambda share: None  # is told the share of the budget that is spent
 
     def token_losses(self, idx, targets):
         return self.model(idx, targets, reduction="none")  # (rows, T) nats
@@ -545,6 +546,7 @@ class Trial:
             tenth, done = flying.popleft(), done + 1
             losses[tenth].append(loss)
             recent.append(loss)
+            self.progress(done * s.batch_tokens / tokens if tokens else now / seconds)
             if not math.isfinite(loss) or (len(recent) == 50 and statistics.fmean(recent) > diverged):
                 result.status = "diverged"
             if not tokens and stood_still(paces[1:], seconds):
@@ -668,7 +670,9 @@ class Turn:
         """Have those who wait give back the memory that they hold on the device: they are ended, and start again."""
 
 
-def run_trial(task: Task, data: prepare.Dataset, settings: Settings, turn: Turn) -> tuple[Result, Model | None]:
+def run_trial(
+    task: Task, data: prepare.Dataset, settings: Settings, turn: Turn, progress: Callable[[float], None] | None = None
+) -> tuple[Result, Model | None]:
     """Check, build, train and score a genome; returns its result and the trained model, None where there is none.
 
     Where memory is short, whoever else holds some is the reason until shown otherwise: it is tried again in its turn,
@@ -686,6 +690,7 @@ def run_trial(task: Task, data: prepare.Dataset, settings: Settings, turn: Turn)
             try:
                 trial = Trial(task, data, settings, rows)
                 trial.result.held_mb = held
+                trial.progress = progress or trial.progress
                 if not has_turn:
                     stack.enter_context(turn)
                     has_turn = True
@@ -2003,7 +2008,9 @@ def train_one(args: argparse.Namespace, genome: Genome, settings: Settings, data
     turn = GpuTurn(turn_file(device), f"process {os.getpid()} for --train {path}", say)
     if device.type == "cuda" and (problem := compiler_problem(data.vocab_size, device, settings)):
         raise Stop(problem)
-    result, model = run_trial(task, on_device, settings, turn)
+    form = "training {bar:20} {percentage:3.0f} %  {remaining} left"
+    with tqdm(total=1.0, leave=False, disable=not sys.stderr.isatty(), bar_format=form) as bar:
+        result, model = run_trial(task, on_device, settings, turn, lambda share: bar.update(min(share, 1.0) - bar.n))
     if result.note:
         say(result.note)
     if result.status != "ok":

@@ -418,6 +418,16 @@ def test_training_learns(data, source):
     assert curve[0] > curve[2] > curve[-1] and result.val_bpb < 0.4 * uniform
 
 
+def test_progress_is_told_in_tokens_and_in_seconds(data, clock):
+    for settings, expected in (
+        (tiny(), [0.25, 0.5, 0.75, 1.0]),
+        (tiny(token_budget=0, time_budget=1.0), [0.3, 0.6, 0.9, 1.2]),
+    ):
+        told = []
+        result, model = evolve.run_trial(task(), data, settings, evolve.Turn(), told.append)
+        assert told == pytest.approx(expected) and result.status == "ok" and model is not None
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still but while a step runs, and how long each step takes."""
