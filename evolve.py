@@ -2143,7 +2143,8 @@ def run_command(args: argparse.Namespace):
     genome = read_genome(Path(args.train)) if args.train else None
     if args.save and not Path(args.save).absolute().parent.is_dir():
         raise Stop(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
-    check_ops()
+    if not args.write:  # that builds no op anew
+        check_ops()
     data = prepare.open_source(data_dir=args.data_dir, demo=args.demo)
     shortest = min(len(data.train), len(data.val), len(data.test), settings.eval_tokens + 1) - 1
     if shortest < settings.seq_len:
@@ -2187,9 +2188,7 @@ def run_command(args: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no arrow shows a question mark
-    for ends in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ends) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(ends, signal.default_int_handler)
+    prepare.end_on_signals()
     args = parse(argv)
     try:
         run_command(args)

@@ -109,6 +109,13 @@ def progress(**options) -> tqdm:
     return tqdm(disable=None, leave=False, **options)  # None: no bar in a log file
 
 
+def end_on_signals() -> None:
+    """Have SIGTERM and SIGHUP end this process as Ctrl-C does, but for one that is ignored, as nohup wants it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 def in_units(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
@@ -914,9 +921,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.shards is not None and not 1 <= args.shards <= LAST_SHARD:
         parser.error(f"argument --shards: {args.shards} is not between 1 and {LAST_SHARD}")
-    for stop in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(stop, signal.default_int_handler)  # ends as Ctrl-C does
+    end_on_signals()
     try:
         prepare(**vars(args))
     except PrepareError as error:

@@ -1,6 +1,10 @@
-"""What test_prepare.py and test_evolve.py both compare scores with."""
+"""What several of the tests use."""
 
+import contextlib
 import math
+import os
+import signal
+import traceback
 
 import numpy as np
 
@@ -14,3 +18,23 @@ def uniform_bpb(
     first = np.arange(n_scored) * n_all // n_scored * seq_len
     n_bytes = token_bytes[tokens[first[:, None] + np.arange(1, seq_len + 1)]]
     return math.log2(vocab_size) * np.count_nonzero(n_bytes) / int(n_bytes.sum())
+
+
+@contextlib.contextmanager
+def forked(function):
+    """A forked process that runs a function, killed in the end where it still lives; its id."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = function() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)

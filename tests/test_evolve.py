@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import types
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from designs import NAMED_DESIGNS
-from helpers import uniform_bpb
+from helpers import forked, uniform_bpb
 
 import evolve
 import genome
@@ -1013,27 +1012,6 @@ def test_one_at_a_time_on_a_device(toys, source, tmp_path, monkeypatch):
     assert len(order) == 12 and sorted(r.id for r in results) == sorted(order)
     between = [i for i, (word, *_) in enumerate(lines) if word == "prepare" and i and lines[i - 1][0] == "enter"]
     assert between  # while one trains another prepares
-
-
-@contextlib.contextmanager
-def forked(function):
-    """A forked process that runs a function, killed in the end where it still lives; its id."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    try:
-        yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 def test_two_runs_on_one_device_take_turns(toys, source, tmp_path, monkeypatch, capfd):

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import forked
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -127,26 +127,6 @@ def toys(monkeypatch):
     monkeypatch.setattr(evolve, "START_METHOD", "fork")
     monkeypatch.setattr(evolve, "picture", lambda rows, *_: b"a picture")
     monkeypatch.setattr(genome, "block_params", lambda gene, d_in, d_skip: 1000)
-
-
-@contextlib.contextmanager
-def forked(function):
-    """A forked process that runs a function, killed in the end where it still lives; its id."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            code = function() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    try:
-        yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 def wait_until(condition, seconds: float = 30):
