@@ -70,8 +70,10 @@ CountOr0 = Annotated[int, Rule("cannot be negative", lambda n: n >= 0)]
 Share = Annotated[float, Rule("is a share, from 0 to 1", lambda x: 0 <= x <= 1)]
 Positive = Annotated[float, Rule("has to be above 0", lambda x: 0 < x < math.inf)]
 PositiveOr0 = Annotated[float, Rule("cannot be negative", lambda x: 0 <= x < math.inf)]
-Tenths = Annotated[float, Rule("has to be one of 0.1, 0.2, ... 0.9", lambda x: x in [n / 10 for n in range(1, 10)])]
+ShareAbove0 = Annotated[float, Rule("is a share, above 0 and up to 1", lambda x: 0 < x <= 1)]
+Above1 = Annotated[float, Rule("has to be above 1", lambda x: 1 < x < math.inf)]
 Several = Annotated[int, Rule("has to be at least 2, or there is no interval", lambda n: n >= 2)]
+SeveralOr0 = Annotated[int, Rule("is 0, or at least 2 for an interval", lambda n: n == 0 or n >= 2)]
 Seed = Annotated[int, Rule("is from 0 to a billion", lambda n: 0 <= n <= 10**9)]
 
 # The search
@@ -81,6 +83,9 @@ REPEATS: Count = 3  # evaluations of a survivor, one a generation, each with a n
 MUTATION_RATE: Share = 0.3  # chance of each further mutation after the first, and of one after a crossover
 CROSSOVER_RATE: Share = 0.3  # share of children with two parents
 IMMIGRANTS: CountOr0 = 1  # random genomes among the newcomers of a generation
+HURDLE: ShareAbove0 = 0.25  # a newcomer trains on after half its budget if its loss is in this best share; 1: no hurdle
+HURDLE_SAMPLE: Share = 0.1  # share of newcomers that train on all the same, to see what the hurdle costs
+BASELINE_TRIALS: Count = 20  # evaluations that tune each family of designs by people, before the search
 MAX_GENERATIONS: CountOr0 = 25  # generations until the final; raise it to go on
 STRATEGY: Literal["evolution", "random", "drift"] = "evolution"  # random: no parents; drift: parents drawn at random
 SEED: Seed = 0  # of everything that is random
@@ -91,24 +96,24 @@ MAX_PARAMS: Count = 10_000_000  # parameters of a genome, embedding and head inc
 BATCH_TOKENS: Count = 32_768  # tokens per optimizer step
 SEQ_LEN: Count = 2_048  # tokens that a model sees at once
 EVAL_TOKENS: Count = 1_048_576  # tokens of val, and of test, that are scored
-HURDLE: PositiveOr0 = 0.1  # nats per token that a newcomer may be behind the last survivor at HURDLE_AT; 0: no hurdle
-HURDLE_AT: Tenths = 0.7  # share of the budget; earlier, deep genomes and high learning rates look worse than they are
-HURDLE_SAMPLE: Share = 0.1  # share of newcomers that run on all the same, to see what the hurdle costs
 # The final
-FINALISTS: Count = 3  # best genomes of the search in it
-FINAL_BASELINES: CountOr0 = 2  # best transformers in it
+FINALISTS: Count = 3  # best genomes of the search in it, beside the best design of each family
 FINAL_SEEDS: Several = 5  # times that each is trained again
-FINAL_FACTOR: Positive = 2.0  # times the budget of the search
+LONG_FACTOR: Above1 = 4.0  # times the budget, in the second step, where designs may grow
+LONG_SEEDS: SeveralOr0 = 3  # times that each is trained in the second step; 0: no second step
 # The machine
 WORKERS: CountOr0 = 0  # processes: one trains, the others compile; 0: as many as cores and memory carry; on a CPU one
 DEADLINE: Count = 300  # seconds that building and compiling may take; training and scoring: plus twice the budget
 
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, immigrants=0, max_generations=5, token_budget=16_384, max_params=3_000_000,
-    batch_tokens=256, seq_len=128, eval_tokens=8_192, hurdle=0.3, finalists=1, final_seeds=2, final_factor=1.0,
+    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=5, token_budget=10_240,
+    max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=8_192, finalists=1, final_seeds=2, long_factor=2.0,
+    long_seeds=2,
 )  # fmt: skip
 # what may change within a run
-MAY_CHANGE = ("max_generations", "finalists", "final_baselines", "final_seeds", "workers", "deadline")
+MAY_CHANGE = (
+    "max_generations", "baseline_trials", "finalists", "final_seeds", "long_factor", "long_seeds", "workers", "deadline"
+)  # fmt: skip
 
 HINTS = typing.get_type_hints(sys.modules[__name__], include_extras=True)  # of the constants: no other name has one
 CONSTANTS = {name: globals()[name] for name in HINTS}
@@ -137,6 +142,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train", metavar="FILE", help="train the genome in a file, and let it write")
     add("--save", metavar="FILE", help="where --train keeps the weights, as safetensors")
     add("--write", metavar="FILE", help="let a model write that --save kept")
+    add("--scale", type=float, default=1.0, metavar="N", help="how many times as wide --train makes the design")
+    add("--deeper", type=int, default=0, metavar="N", help="how many times more --train repeats its repeated blocks")
     add("--prompt", default="The history of science", help="what --train and --write go on from")
     comments = dict(re.findall(r"^([A-Z_]+): .+? = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for name, default in CONSTANTS.items():
@@ -186,8 +193,11 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from genome import (  # noqa: E402
-    BASELINES,
+    FAMILIES,
+    LEVELS,
+    MAX_GENES,
     MAX_SEQ_LEN,
+    MAX_WIDTH,
     OPS,
     WIDTHS,
     Gene,
@@ -195,9 +205,11 @@ from genome import (  # noqa: E402
     GenomeError,
     Model,
     crossover,
+    grown,
     mutate,
     op_problem,
     random_genome,
+    scaled,
 )
 from prepare import say  # noqa: E402
 
@@ -209,22 +221,24 @@ from prepare import say  # noqa: E402
 class Task:
     """All that an evaluation depends on, beside data and settings."""
 
-    stage: str  # of the plan: baseline, search, final; or what else it is for, as --train
+    stage: str  # of the plan, as STAGES names them; or what else it is for, as --train
     id: str  # of the genome: g3.05 is the fifth newcomer of generation 3, a baseline has its name
     genome: Genome
-    seed: int  # of initialisation and of the order of batches
+    seed: int  # of initialisation
+    order: int  # the seed of the order of batches
     generation: int | None = None  # in the search
     parents: tuple[str, ...] = ()
     operator: str = ""  # in the search: random, crossover, mutations joined by +, or repeat (a survivor once more)
     budget: float = 1.0  # times TIME_BUDGET or TOKEN_BUDGET
+    text: float = 1.0  # share of the training text that it sees
     test: bool = False  # scored on test as well
-    hurdle: float | None = None  # nats per token that it must not exceed at HURDLE_AT
+    hurdle: float | None = None  # what its half-way loss must not exceed, in nats per token
     spared: bool = False  # runs on when it does
 
     @property
-    def evaluation(self) -> tuple[str, str, int]:
+    def evaluation(self) -> tuple:
         """What is evaluated: a second result of the same evaluation is another attempt at it."""
-        return self.stage, self.id, self.seed
+        return self.stage, self.id, self.seed, round(self.budget, 6), round(self.text, 6)
 
 
 @dataclass
@@ -243,11 +257,14 @@ class Result:
     operator: str
     seed: int
     budget: float
+    order: int | None = None  # None in records of earlier versions, where it is the seed
+    text: float = 1.0
     status: str = "ok"
     val_bpb: float | None = None  # bits per byte on val
-    test_bpb: float | None = None  # bits per byte on test, read by the final alone
+    test_bpb: float | None = None  # bits per byte on test, read by the final and what follows it
     params: int | None = None
     tokens: int | None = None  # trained on
+    passes: float | None = None  # over the training text that it sees
     tokens_per_s: int | None = None
     rows: int | None = None  # windows that are treated at once; fewer than BATCH_TOKENS / SEQ_LEN where memory is short
     captured: bool | None = None  # whether a step is one CUDA graph; None on the CPU
@@ -267,14 +284,20 @@ class Result:
     @classmethod
     def of(cls, task: Task, status: str = "ok", **values) -> "Result":
         """The result of a task, with what is known before it is trained."""
-        same = {name: getattr(task, name) for name in ("stage", "generation", "id", "operator", "seed", "budget")}
-        genome = task.genome
+        shared = ("stage", "generation", "id", "operator", "seed", "budget", "order", "text")
+        same, genome = {name: getattr(task, name) for name in shared}, task.genome
         known = dict(parents=",".join(task.parents), key=genome.key, summary=genome.summary, genome=genome.to_json())
         return cls(**same, **known, status=status, finished=now(), **values)
 
     @property
     def curve(self) -> list[float]:
         return [float(loss) for loss in self.losses.split(",")] if self.losses else []
+
+    @property
+    def halfway_loss(self) -> float:
+        """The mean training loss of the fifth tenth of the budget, before the learning rate falls; inf without one."""
+        loss = self.curve[HALFWAY] if self.losses else math.nan
+        return math.inf if math.isnan(loss) else loss
 
     @property
     def is_newcomer(self) -> bool:
@@ -293,6 +316,7 @@ EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 BF16_CAPABILITY = (8, 0)  # the first with bfloat16 in its matrix units (Ampere)
 CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
+HALFWAY = 4  # the point of it that the hurdle looks at: the last one before the learning rate falls
 
 
 @functools.cache
@@ -455,7 +479,8 @@ class Trial:
         torch.set_float32_matmul_precision("high")
         torch.manual_seed(task.seed)  # on the CPU, so that every machine begins with the same weights
         self.model = Model(task.genome, data.vocab_size, compute_dtype(device)).to(device)
-        self.batches = prepare.Batches(data.train, settings.seq_len, task.seed)
+        text = data.train[: max(settings.seq_len + 1, round(len(data.train) * task.text))]
+        self.batches = prepare.Batches(text, settings.seq_len, task.order)
         self.optimizer = Optimizer(self.model, task.genome.lr_factor)
         self.window = torch.zeros((), dtype=torch.int64, device=device)  # the first of the next batch
         self.loss = torch.zeros((), device=device)  # of the last step, nats per token
@@ -513,7 +538,6 @@ class Trial:
         s, task, result = self.settings, self.task, self.result
         seconds, tokens = s.time_budget * task.budget, s.token_budget * task.budget
         diverged = math.log(self.data.vocab_size) + 1
-        before_hurdle = tenth_before_hurdle(s)
         losses: list[list[float]] = [[] for _ in range(CURVE)]
         recent: collections.deque = collections.deque(maxlen=50)
         host = torch.zeros(2, pin_memory=self.on_gpu)
@@ -552,8 +576,8 @@ class Trial:
             if not tokens and stood_still(paces[1:], seconds):
                 result.status = "stalled"
                 self.add_note(f"nothing happened for {paces[-1]:.1f} s of {seconds:g} s")
-            if not result.hurdle and task.hurdle is not None and tenth > before_hurdle and losses[before_hurdle]:
-                missed = statistics.fmean(losses[before_hurdle]) > task.hurdle
+            if not result.hurdle and task.hurdle is not None and tenth > HALFWAY and losses[HALFWAY]:
+                missed = statistics.fmean(losses[HALFWAY]) > task.hurdle
                 result.hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
                 result.status = "stopped" if result.hurdle == "stopped" else result.status
         self.synchronize()
@@ -561,6 +585,7 @@ class Trial:
         result.losses = ",".join(f"{statistics.fmean(tenth):.4f}" if tenth else "nan" for tenth in losses)
         result.tokens = (done + len(flying)) * s.batch_tokens
         result.seconds, result.tokens_per_s = round(elapsed, 3), round(result.tokens / elapsed)
+        result.passes = round(result.tokens / (len(self.batches.order) * s.seq_len), 3)
 
     def synchronize(self):
         if self.on_gpu:
@@ -635,11 +660,6 @@ class Trial:
 def capture_stream() -> torch.cuda.Stream:
     """One stream for every capture of a process: cuBLAS keeps a workspace for each stream that it ever saw."""
     return torch.cuda.Stream()
-
-
-def tenth_before_hurdle(settings: Settings) -> int:
-    """The point of the loss curve that the hurdle looks at."""
-    return round(settings.hurdle_at * CURVE) - 1
 
 
 def first_line(error: BaseException) -> str:
@@ -1379,7 +1399,10 @@ def describe_run(settings: Settings, data: prepare.Dataset, device: str) -> dict
 # ----------------------------------------------------------------------------------------------------------------------
 # The plan: what is evaluated next, a pure function of the rows. Lower val_bpb is better: `candidates` alone says so.
 
-SEEDS = 100_000  # of evaluations, for one SEED: the first half for generations, the second for the final
+SEEDS = 100_000  # of evaluations, for one SEED: from 0 for the search and the baselines,
+FINAL, LONG = SEEDS // 2, SEEDS * 3 // 4  # from here for the final and for its second step
+LINE = 5  # sizes that the tuning of a family begins with
+TARGET_AT = (0.25, 0.375, 0.5, 0.75)  # shares of the budget at which the winner is scored, for the time that it needs
 
 
 @dataclass(frozen=True)
@@ -1389,7 +1412,6 @@ class Candidate:
     id: str
     scores: tuple[float, ...]
     tried: int  # evaluations, those that failed included
-    curve: tuple[float, ...]  # the mean of its loss curves
     generation: int | None  # in which it was new
     genome: Genome
 
@@ -1417,10 +1439,9 @@ def candidates(rows: list[Result]) -> list[Candidate]:
         ok = [row for row in group if row.status == "ok"]
         wrong = any(row.status in ("diverged", "leak", "dead") for row in group)
         if ok and not wrong and len(group) - len(ok) < 2:
-            curve = tuple(statistics.fmean(tenth) for tenth in zip(*(row.curve for row in ok), strict=True))
             first = min((row.generation for row in group), key=lambda g: (g is not None, g))
             genome = Genome.from_json(ok[0].genome)
-            found.append(Candidate(name, tuple(r.val_bpb for r in ok), len(group), curve, first, genome))
+            found.append(Candidate(name, tuple(r.val_bpb for r in ok), len(group), first, genome))
     return sorted(found, key=lambda c: (c.mean, in_order(c.id)))
 
 
@@ -1441,14 +1462,137 @@ def missing(tasks: list[Task], rows: list[Result], attempts: int = 1) -> list[Ta
     return [t for t, ends in zip(tasks, earlier, strict=True) if "ok" not in ends and len(ends) < attempts]
 
 
+def is_small(genome: Genome, settings: Settings, vocab_size: int) -> bool:
+    return genome.num_params(vocab_size) <= settings.max_params
+
+
+@dataclass(frozen=True)
+class Design:
+    """A design of a family, by its traits: n_layer, dim, and those that the family has."""
+
+    family: str
+    traits: dict[str, object]
+
+    @property
+    def id(self) -> str:
+        """As transformer-9x256-lr0.7-tied: layers x width, and what is not as usual."""
+        own = {n: self.traits[n] for n, (usual, *_) in FAMILIES[self.family].traits.items() if self.traits[n] != usual}
+        more = (f"-{name.partition('_')[0]}{'' if value is True else value}" for name, value in own.items())
+        return f"{self.family}-{self.traits['n_layer']}x{self.traits['dim']}{''.join(more)}"
+
+    @property
+    def genome(self) -> Genome:
+        return FAMILIES[self.family].design(**self.traits)
+
+    def fitted(self, fits: Callable[["Design"], bool]) -> "Design | None":
+        """Itself where it fits, else with its head tied, else with as few layers fewer as it takes."""
+        for n_layer in range(self.traits["n_layer"], 0, -1):
+            for tied in ({}, {"tied": True}) if "tied" in self.traits else ({},):
+                design = Design(self.family, {**self.traits, "n_layer": n_layer, **tied})
+                if fits(design):
+                    return design
+        return None
+
+    def neighbour(self, trait: str, step: int) -> "Design":
+        """With one trait so many layers or choices further; itself where there are none."""
+        value = self.traits[trait]
+        if trait == "n_layer":
+            value = max(1, value + step)
+        else:
+            choices = sorted(WIDTHS if trait == "dim" else FAMILIES[self.family].traits[trait])
+            value = choices[min(max(choices.index(value) + step, 0), len(choices) - 1)]
+        return Design(self.family, {**self.traits, trait: value})
+
+
+def tuning(family: str, scores: dict[str, float], fits: Callable[[Design], bool]) -> Iterator[list[Design]]:
+    """Rounds of designs that look for the best of a family; each is planned from the scores, by id, of those before.
+
+    First a coarse line of sizes, from small to the largest that fits. Then one trait after the other around the best:
+    its neighbours on both sides, and on from the better one for as long as that helps (one layer, then two, then
+    four). Over again, until none of them helps.
+    """
+
+    def score(design):
+        return scores.get(design.id, math.inf)
+
+    usual = {name: choices[0] for name, choices in FAMILIES[family].traits.items()}
+    sizes = [Design(family, {"n_layer": max(1, dim // 64), "dim": dim, **usual}) for dim in WIDTHS]
+    line = [size for size in sizes if fits(size)] or [size for size in [sizes[0].fitted(fits)] if size]
+    if not line:
+        return
+    deepest = line[-1]
+    while fits(deeper := deepest.neighbour("n_layer", 1)):
+        deepest = deeper
+    line.append(deepest)
+    line = [line[round(i * (len(line) - 1) / (LINE - 1))] for i in range(LINE)]
+    yield line
+    best, helped = min(line, key=score), True
+    while helped:
+        helped = False
+        for trait in best.traits:
+            directions, step = (-1, 1), 1
+            while directions:
+                around = {way: best.neighbour(trait, way * step).fitted(fits) for way in directions}
+                yield list(around.values())
+                directions = tuple(way for way in around if score(around[way]) < score(best))
+                if directions:
+                    way = min(directions, key=lambda way: score(around[way]))
+                    best, directions, helped = around[way], (way,), True
+                    step = min(2 * step, 4) if trait == "n_layer" else 1
+
+
+def tuning_round(family: str, rows: list[Result], settings: Settings, vocab_size: int) -> list[Design]:
+    """The designs of a family that its tuning wants next; [] when it is done, after BASELINE_TRIALS at most."""
+
+    def fits(design):
+        try:
+            return is_small(design.genome, settings, vocab_size)
+        except GenomeError:  # too many genes
+            return False
+
+    first = [row for row in of_stage(rows, "baseline") if row.seed == settings.seed * SEEDS]
+    scores = {row.id: row.val_bpb if row.status == "ok" else math.inf for row in first}
+    met: dict[str, Design] = {}
+    for designs in tuning(family, scores, fits):
+        new = {d.id: d for d in designs if d.id not in met}
+        new = dict(itertools.islice(new.items(), settings.baseline_trials - len(met)))
+        met |= new
+        if lacking := [design for name, design in new.items() if name not in scores]:
+            return lacking
+        if len(met) == settings.baseline_trials:
+            break
+    return []
+
+
+def of_family(rows: list[Result], family: str) -> list[Candidate]:
+    """The designs of a family that were scored as baselines, best first."""
+    return [c for c in candidates(of_stage(rows, "baseline")) if family_of(c.id) == family]
+
+
+def family_of(id: str) -> str | None:
+    """The family that a design belongs to; None for what belongs to none."""
+    name = id.partition("-")[0]
+    return name if name in FAMILIES else None
+
+
+def best_baselines(rows: list[Result]) -> list[Candidate]:
+    """The best design of each family."""
+    return [found[0] for family in FAMILIES if (found := of_family(rows, family))]
+
+
 def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
-    """The designs made by people that are small enough; they meet the same batches as generation 0."""
-    tasks = [
-        Task("baseline", name, genome, settings.seed * SEEDS)
-        for name, genome in BASELINES.items()
-        if genome.num_params(vocab_size) <= settings.max_params
-    ]
-    return missing(tasks, rows)
+    """What people build: families tuned in rounds, other kinds as they are; then the best repeated as survivors are."""
+
+    def task(id: str, genome: Genome, k: int = 0) -> Task:
+        seed = settings.seed * SEEDS + k
+        return Task("baseline", id, genome, seed, seed)
+
+    others = [task(name, genome) for name, genome in LEVELS.items() if is_small(genome, settings, vocab_size)]
+    designs = [design for family in FAMILIES for design in tuning_round(family, rows, settings, vocab_size)]
+    if tasks := missing([*(task(d.id, d.genome) for d in designs), *others], rows):
+        return tasks
+    best = [c for family in FAMILIES for c in of_family(rows, family)[: settings.survivors]]
+    return [task(c.id, c.genome, c.tried) for c in best if c.tried < settings.repeats]
 
 
 def select(rows: list[Result], settings: Settings, rng: random.Random) -> list[Candidate]:
@@ -1459,18 +1603,27 @@ def select(rows: list[Result], settings: Settings, rng: random.Random) -> list[C
     return found[: settings.survivors]
 
 
+def hurdle_after(earlier: list[Result], settings: Settings) -> float | None:
+    """The half-way loss that a newcomer must not exceed: that of the last in the best HURDLE of all newcomers so far.
+
+    None where there is no hurdle: in the first generation, and under drift, which knows no better or worse.
+    """
+    newcomers = [row for row in earlier if row.is_newcomer and row.status in ("ok", "stopped")]
+    losses = sorted(row.halfway_loss for row in newcomers)
+    if settings.hurdle == 1 or settings.strategy == "drift" or not losses:
+        return None
+    return losses[math.ceil(settings.hurdle * len(losses)) - 1]
+
+
 def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: int) -> list[Task]:
     """The evaluations of a generation, from what came before it: survivors again with a new seed, then newcomers."""
     rng = random.Random(f"{settings.seed}/{generation}")
     earlier = [row for row in of_stage(rows, "search") if row.generation < generation]
     survivors = select(earlier, settings, rng)
-    seed = settings.seed * SEEDS + generation
-    hurdle = None
-    if settings.hurdle and survivors:
-        known = [loss for c in survivors if math.isfinite(loss := c.curve[tenth_before_hurdle(settings)])]
-        hurdle = max(known, default=math.inf) + settings.hurdle
+    base = settings.seed * SEEDS
+    seed, hurdle = base + generation, hurdle_after(earlier, settings)
     repeats = [c for c in survivors if c.tried < settings.repeats]
-    tasks = [Task("search", c.id, c.genome, seed, generation, operator="repeat") for c in repeats]
+    tasks = [Task("search", c.id, c.genome, seed, base + c.tried, generation, operator="repeat") for c in repeats]
     seen = {row.key for row in earlier}
     newcomers = settings.population_size - len(repeats)
     for n in range(newcomers):
@@ -1495,8 +1648,9 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
         seen.add(genome.key)
         spared = rng.random() < settings.hurdle_sample
         name, from_whom = f"g{generation}.{n + 1:02d}", tuple(p.id for p in parents)
-        limits = dict(hurdle=hurdle, spared=spared)
-        tasks.append(Task("search", name, genome, seed, generation, from_whom, operator, **limits))
+        is_immigrant = operator == "random" and settings.strategy != "random"
+        limits = dict(hurdle=None if is_immigrant else hurdle, spared=spared)
+        tasks.append(Task("search", name, genome, seed, base, generation, from_whom, operator, **limits))
     return tasks
 
 
@@ -1511,32 +1665,167 @@ def search_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> lis
     return []
 
 
-def best_transformers(rows: list[Result], settings: Settings) -> list[Candidate]:
-    baselines = candidates(of_stage(rows, "baseline"))
-    return [c for c in baselines if c.id.startswith("transformer")][: settings.final_baselines]
+def finalists(rows: list[Result], settings: Settings) -> list[Candidate]:
+    """The best genomes of the search."""
+    return searched(rows)[: settings.finalists]
 
 
-def final_evaluations(rows: list[Result], settings: Settings) -> list[Task]:
-    """The best genomes of the search and the best transformers, each with the same fresh seeds."""
-    finalists = [*searched(rows)[: settings.finalists], *best_transformers(rows, settings)]
-    first = settings.seed * SEEDS + SEEDS // 2  # seeds that the search never used
+def final_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
+    """The final: the finalists and the best design of each family, at the search's own budget, with fresh seeds."""
+    first = settings.seed * SEEDS + FINAL  # seeds that the search never used, the same for all
     return [
-        Task("final", c.id, c.genome, first + n, budget=settings.final_factor, test=True)
+        Task("final", c.id, c.genome, first + n, first + n, test=True)
         for n in range(settings.final_seeds)
-        for c in finalists
+        for c in [*finalists(rows, settings), *best_baselines(rows)]
     ]
 
 
-def final_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
-    return missing(final_evaluations(rows, settings), rows, attempts=2)
+def ranking(rows: list[Result], tasks: list[Task]) -> dict[str, list[Result]]:
+    """What those in a final reached, task by task, the best first; empty before all of it is done.
+
+    Ranked by val, those with failures last, so that the test score of the first is not the best of several. Who has no
+    score at all is left out.
+    """
+    if missing(tasks, rows, attempts=2):
+        return {}
+    done = {row.evaluation: row for row in rows}  # of two attempts the later one
+    results = collections.defaultdict(list)
+    for task in tasks:
+        results[task.id].append(done[task.evaluation])
+    place = {}
+    for id, own in results.items():
+        scores = [row.val_bpb for row in own if row.status == "ok"]
+        if scores:
+            place[id] = (len(scores) < len(own), statistics.fmean(scores))
+    return {id: results[id] for id in sorted(place, key=place.get)}
 
 
-STAGES = (baseline_tasks, search_tasks, final_tasks)
+def first_two(rows: list[Result], settings: Settings, vocab_size: int) -> tuple[list[Result], list[Result]] | None:
+    """What the winner, the best finalist, and its rival, the best baseline, reached in the final; None before that."""
+    order = ranking(rows, final_evaluations(rows, settings, vocab_size))
+    evolved = [results for id, results in order.items() if not family_of(id)]
+    by_hand = [results for id, results in order.items() if family_of(id)]
+    return (evolved[0], by_hand[0]) if evolved and by_hand else None
+
+
+def scores_of(rows: list[Result]) -> dict[tuple, float]:
+    """val_bpb by evaluation."""
+    return {row.evaluation: row.val_bpb for row in rows if row.status == "ok"}
+
+
+def test_scores(results: list[Result]) -> list[float]:
+    return [row.test_bpb for row in results if row.status == "ok"]
+
+
+def target_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
+    """The winner after shares of the budget, with the final's seeds: when does it reach what its rival reaches?
+
+    None where it does not reach that in the whole budget either.
+    """
+    both = first_two(rows, settings, vocab_size)
+    if both is None or min(test_scores(both[0])) > statistics.fmean(test_scores(both[1])):
+        return []
+    genome = Genome.from_json(both[0][0].genome)
+    return [
+        Task("target", row.id, genome, row.seed, row.order, budget=share, test=True)
+        for share in TARGET_AT
+        for row in both[0]
+    ]
+
+
+def growth(genome: Genome, times: int, settings: Settings, vocab_size: int) -> Genome:
+    """The design grown, with its head tied where that makes room. Raises GenomeError where it is too large."""
+    design = grown(genome, times)
+    for same in (design, dataclasses.replace(design, tied=True)):
+        if is_small(same, settings, vocab_size):
+            return same
+    raise GenomeError(f"{same.num_params(vocab_size):,} parameters with its head tied, over MAX_PARAMS")
+
+
+def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
+    """One evaluation each at LONG_FACTOR times the budget, to choose who takes part in the long final.
+
+    The best design of each family as it is, and grown one step at a time until one more is no better or does not fit;
+    the finalists as they were found, and grown once and twice.
+    """
+    if not settings.long_seeds:
+        return []
+    seed, scores = settings.seed * SEEDS + LONG, scores_of(rows)
+
+    def sizes(c: Candidate) -> Iterator[Task]:
+        yield Task("grow", c.id, c.genome, seed, seed, budget=settings.long_factor)
+        for times in itertools.count(1):
+            try:
+                genome = growth(c.genome, times, settings, vocab_size)
+            except GenomeError:
+                return
+            yield Task("grow", f"{c.id}+{times}", genome, seed, seed, parents=(c.id,), budget=settings.long_factor)
+
+    tasks = [task for c in finalists(rows, settings) for task in itertools.islice(sizes(c), 3)]
+    for c in best_baselines(rows):
+        best = math.inf
+        for task in sizes(c):
+            tasks.append(task)
+            score = scores.get(task.evaluation, math.inf)
+            if task.parents and not score < best:
+                break
+            best = score
+    return tasks
+
+
+def long_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
+    """The long final: the winner as found, the best of the grown, and of each family what grew best. Fresh seeds."""
+    both, trials = first_two(rows, settings, vocab_size), grow_evaluations(rows, settings, vocab_size)
+    if both is None or missing(trials, rows, attempts=2):
+        return []
+    scores = scores_of(rows)
+    chosen = [next(task for task in trials if task.id == both[0][0].id)]
+    kinds = [lambda task: not family_of(task.id) and task.parents]
+    kinds += [lambda task, family=family: family_of(task.id) == family for family in FAMILIES]
+    for is_kind in kinds:
+        known = [task for task in trials if is_kind(task) and task.evaluation in scores]
+        chosen += sorted(known, key=lambda task: scores[task.evaluation])[:1]
+    first = settings.seed * SEEDS + LONG + 1
+    return [
+        dataclasses.replace(task, stage="long", seed=first + n, order=first + n, test=True)
+        for n in range(settings.long_seeds)
+        for task in chosen
+    ]
+
+
+def passes_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
+    """Winner and baselines on so little text that they see it as often in the budget as all of it in the long final.
+
+    None where nobody saw any of it twice there.
+    """
+    both = first_two(rows, settings, vocab_size)
+    if both is None or max((row.passes or 0 for row in of_stage(rows, "long")), default=0) <= 1:
+        return []
+    name, seeds = both[0][0].id, [row.seed for row in both[0]][: settings.long_seeds]
+    final, share = final_evaluations(rows, settings, vocab_size), 1 / settings.long_factor
+    chosen = [task for task in final if task.seed in seeds and (task.id == name or family_of(task.id))]
+    return [dataclasses.replace(task, stage="passes", text=share) for task in chosen]
+
+
+def once_more(evaluations: Callable[..., list[Task]]) -> Callable[..., list[Task]]:
+    """A stage of those evaluations, of which one that fails is tried once more."""
+    return lambda rows, *rest: missing(evaluations(rows, *rest), rows, attempts=2)
+
+
+STAGES = {
+    "baseline": baseline_tasks,
+    "search": search_tasks,
+    "final": once_more(final_evaluations),
+    "target": once_more(target_evaluations),
+    "grow": once_more(grow_evaluations),
+    "long": once_more(long_evaluations),
+    "passes": once_more(passes_evaluations),
+}
 
 
 def next_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """What is to be evaluated next, all of one stage; [] when the run is finished. A pure function of its arguments."""
-    return next((tasks for stage in STAGES if (tasks := stage(rows, settings, vocab_size))), [])
+    return next((tasks for stage in STAGES.values() if (tasks := stage(rows, settings, vocab_size))), [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1576,50 +1865,106 @@ def noise_floor(rows: list[Result]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Finalist:
+class Standing:
+    """What a design reached in a final."""
+
     id: str
     genome: Genome
     test: Estimate
     val: Estimate
-    search: float  # mean val_bpb in the search, which chose it: compare with val for the winner's curse
-    lead: Estimate | None  # test_bpb of the best transformer by val minus its own, seed by seed
-    failed: int  # evaluations of the final that were not ok
+    passes: float  # over the training text
+    failed: int  # evaluations that were not ok
+    leads: dict[str, Estimate]  # by baseline, the best first: its test_bpb minus this one's, seed by seed
 
 
-def final_table(rows: list[Result], settings: Settings) -> list[Finalist]:
-    """Everyone in the final, best first; empty before all of it is done.
-
-    Ranked by val, those with failures last, so that the test score of the winner is not the best of several.
-    """
-    tasks = final_evaluations(rows, settings)
-    if not tasks or missing(tasks, rows, attempts=2):
-        return []
-    done = {row.evaluation: row for row in of_stage(rows, "final")}  # of two attempts the later one
-    baselines = {c.id: c.mean for c in best_transformers(rows, settings)}
-    before = {c.id: c.mean for c in searched(rows)} | baselines
-    table = []
-    for name in dict.fromkeys(t.id for t in tasks):
-        mine = [done[t.evaluation] for t in tasks if t.id == name]
-        ok = [r for r in mine if r.status == "ok"]
-        if ok:
-            test, val = estimate(r.test_bpb for r in ok), estimate(r.val_bpb for r in ok)
-            genome = Genome.from_json(mine[0].genome)
-            table.append(Finalist(name, genome, test, val, before[name], None, len(mine) - len(ok)))
-    table.sort(key=lambda f: (f.failed > 0, f.val.mean))
-    rival = min((f for f in table if f.id in baselines), key=lambda f: f.val.mean, default=None)
-    seeds = dict.fromkeys(t.seed for t in tasks)
-    for n, f in enumerate(table):
-        if rival and f.id not in baselines:
-            pairs = [(done["final", rival.id, seed], done["final", f.id, seed]) for seed in seeds]
-            leads = [theirs.test_bpb - own.test_bpb for theirs, own in pairs if theirs.status == own.status == "ok"]
-            table[n] = dataclasses.replace(f, lead=estimate(leads) if leads else None)
+def standings(rows: list[Result], tasks: list[Task]) -> list[Standing]:
+    """Everyone in a final, best first; empty before all of it is done. Its leads are over the baselines in it."""
+    order, table = ranking(rows, tasks), []
+    baselines = [id for id in order if family_of(id)]
+    for id, results in order.items():
+        ok, leads = [r for r in results if r.status == "ok"], {}
+        for name in baselines if id not in baselines else ():
+            pairs = [(theirs, own) for theirs, own in zip(order[name], results, strict=True)
+                     if theirs.status == own.status == "ok"]  # fmt: skip
+            if pairs:
+                leads[name] = estimate(theirs.test_bpb - own.test_bpb for theirs, own in pairs)
+        test, val = estimate(r.test_bpb for r in ok), estimate(r.val_bpb for r in ok)
+        passes = statistics.fmean(r.passes or 0 for r in ok)
+        table.append(Standing(id, Genome.from_json(ok[0].genome), test, val, passes, len(results) - len(ok), leads))
     return table
 
 
-def best_evolved(table: list[Finalist], rows: list[Result]) -> Finalist | None:
-    """The winner of the final, transformers aside."""
-    evolved = {c.id for c in searched(rows)}
-    return next((f for f in table if f.id in evolved), None)
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: its finals, as far as they are done, and the time that the winner needs."""
+
+    final: list[Standing]
+    long: list[Standing]  # at LONG_FACTOR times the budget
+    passes: list[Standing]  # at the budget, on 1 / LONG_FACTOR of the text
+    too_large: dict[str, str]  # the grown designs that were not tried, and why
+    target: tuple[Estimate | None, int]  # the share of the budget that the winner needs, and the seeds that got there
+
+    @property
+    def winner(self) -> Standing | None:
+        """The best of the final that evolved."""
+        return next((s for s in self.final if not family_of(s.id)), None)
+
+    @property
+    def rival(self) -> Standing | None:
+        """The best of the final that people build."""
+        return next((s for s in self.final if family_of(s.id)), None)
+
+    @property
+    def grown(self) -> Standing | None:
+        """The best of the long final that evolved and was grown."""
+        return next((s for s in self.long if not family_of(s.id) and "+" in s.id), None)
+
+
+def outcome(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
+    stages = (final_evaluations, long_evaluations, passes_evaluations)
+    final, long, passes = (standings(rows, stage(rows, settings, vocab_size)) for stage in stages)
+    too_large = {}
+    for c in [*finalists(rows, settings), *best_baselines(rows)] if long else ():
+        for times in (1, 2):
+            try:
+                growth(c.genome, times, settings, vocab_size)
+            except GenomeError as error:
+                too_large[f"{c.id}+{times}"] = str(error)
+    return Outcome(final, long, passes, too_large, time_to_target(rows, settings, vocab_size))
+
+
+def time_to_target(rows: list[Result], settings: Settings, vocab_size: int) -> tuple[Estimate | None, int]:
+    """The share of its budget that the winner needs to reach what its rival reaches in the whole, on test.
+
+    Seed by seed, between two runs by interpolation over the logarithm of the budget. Returns it with the number of
+    seeds that got there; None where one did not, or before all is known.
+    """
+    both, tasks = first_two(rows, settings, vocab_size), target_evaluations(rows, settings, vocab_size)
+    if both is None or not tasks or missing(tasks, rows, attempts=2):
+        return None, 0
+    target, shares = statistics.fmean(test_scores(both[1])), []
+    names = {task.evaluation for task in tasks}
+    shorter = [row for row in rows if row.evaluation in names]
+    seeds = [row.seed for row in both[0]]
+    for seed in seeds:
+        curve = sorted((r.budget, r.test_bpb) for r in [*shorter, *both[0]] if r.seed == seed and r.status == "ok")
+        shares += crossing(curve, target)
+    return (estimate(shares) if len(shares) == len(seeds) else None), len(shares)
+
+
+def crossing(curve: list[tuple[float, float]], target: float) -> list[float]:
+    """Where a falling curve of (budget, score) first reaches the target; [] where it does not.
+
+    Between points straight over the logarithm of the budget; before the first point it is not looked for.
+    """
+    for n, (budget, score) in enumerate(curve):
+        if score <= target:
+            if not n:
+                return [budget]
+            before, worse = curve[n - 1]
+            part = (worse - target) / (worse - score)
+            return [before * (budget / before) ** part]
+    return []
 
 
 def lineage(rows: list[Result], name: str) -> list[Result]:
@@ -1665,7 +2010,10 @@ def result_text(r: Result) -> str:
 
 
 def stage_text(rows: list[Result], settings: Settings, task: Task) -> str:
-    """How the search stands after the generation of a task; nothing after other stages."""
+    """How things stand after the generation or the round of a task; nothing in the final."""
+    if task.stage == "baseline":
+        best = best_baselines(rows)
+        return "  ".join(["baselines:", *(f"{c.id} {c.mean:.4f}" for c in best)]) + "\n" if best else ""
     if task.stage != "search":
         return ""
     mine = [r for r in of_stage(rows, "search") if r.generation == task.generation]
@@ -1681,14 +2029,54 @@ def stage_text(rows: list[Result], settings: Settings, task: Task) -> str:
     return "  ".join(parts) + "\n"
 
 
-def final_text(table: list[Finalist], settings: Settings) -> str:
-    lines = [f"\nThe final: {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte\n"]
-    lines.append(f"{'':<24}{'test':>18}{'val':>18}{'val in search':>15}   lead over the best transformer on test")
-    for f in table:
-        lead = f"{f.lead}" if f.lead else ""
-        failed = f"   ({f.failed} failed)" if f.failed else ""
-        lines.append(f"{f.id:<24}{f.test!s:>18}{f.val!s:>18}{f.search:>15.4f}   {lead}{failed}")
-        lines.append(f"    {f.genome.summary}")
+def table_text(table: list[Standing], before: dict[str, float]) -> list[str]:
+    """A final in lines. before: what its designs scored in the search or as baselines, which chose them."""
+    baselines = [s.id for s in table if family_of(s.id)]
+    lead = f"lead over {', over '.join(baselines)} on test" if baselines else ""
+    lines = [f"{'':<24}{'test':>18}{'val':>18}{'val before':>12}{'passes':>8}   {lead}"]
+    for s in table:
+        chosen = f"{before[s.id]:.4f}" if s.id in before else ""
+        failed = f"   ({s.failed} failed)" if s.failed else ""
+        leads = ", ".join(str(s.leads.get(name, "?")) for name in baselines) if s.leads else ""
+        lines.append(f"{s.id:<24}{s.test!s:>18}{s.val!s:>18}{chosen:>12}{s.passes:>8.1f}   {leads}{failed}")
+        lines.append(f"    {s.genome.summary}")
+    return lines
+
+
+def budget_times(settings: Settings, factor: float) -> str:
+    """A share or a multiple of the budget in words."""
+    if settings.token_budget:
+        return f"{round(settings.token_budget * factor):,} tokens"
+    return f"{float(f'{settings.time_budget * factor:.3g}'):g} s"
+
+
+def target_text(o: Outcome, settings: Settings) -> str:
+    """The time to target in a sentence."""
+    if not (o.winner and o.rival):
+        return ""
+    what = f"what {o.rival.id} reaches in {budget_times(settings, 1)}"
+    share, reached = o.target
+    if share is None:
+        return f"{o.winner.id} does not reach {what} with every seed ({reached} of {settings.final_seeds} did)"
+    least = "at most " if max(share.values) <= TARGET_AT[0] else ""
+    return f"{o.winner.id} needs {least}{budget_times(settings, share.mean)} for {what}: {share} of the time"
+
+
+def final_text(o: Outcome, rows: list[Result], settings: Settings) -> str:
+    before = {c.id: c.mean for c in [*searched(rows), *candidates(of_stage(rows, "baseline"))]}
+    once, longer = (budget_times(settings, factor) for factor in (1, settings.long_factor))
+    lines = [
+        f"\nThe final: {once}, {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte"
+    ]
+    lines += ["", *table_text(o.final, before), "", target_text(o, settings)]
+    if o.long:
+        lines += [f"\nDoes the lead last? {longer}, {settings.long_seeds} fresh seeds each; +1 is grown by one step\n"]
+        lines += table_text(o.long, {})
+        lines += [f"{name} was not tried: {why}" for name, why in o.too_large.items()]
+    if o.passes:
+        share = f"{1 / settings.long_factor:.0%} of the text"
+        lines += [f"\nIs it that the text is seen more often? {once} on {share}, {settings.long_seeds} seeds each\n"]
+        lines += table_text(o.passes, {})
     return "\n".join(lines)
 
 
@@ -1716,44 +2104,67 @@ def hurdle_text(rows: list[Result], settings: Settings) -> str:
     newcomers, leaders = [r for r in rows if r.is_newcomer], leaders_by_generation(rows, settings.survivors)
     stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
     survived = sum(row.id in leaders[row.generation] for row in spared)
-    saved = len(stopped) * (1 - settings.hurdle_at) / max(1, len(of_stage(rows, "search")))
+    saved = len(stopped) * 0.5 / max(1, len(of_stage(rows, "search")))
     return (f"\nhurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
             f"{len(spared)} that missed it ran on, {survived} of them to survive")  # fmt: skip
 
 
-def end_text(rows: list[Result], settings: Settings) -> str:
+def end_text(rows: list[Result], settings: Settings, vocab_size: int) -> str:
     """What came of a run that is finished."""
-    table = final_table(rows, settings)
-    winner = best_evolved(table, rows)
-    if winner is None:
+    o = outcome(rows, settings, vocab_size)
+    if o.winner is None:
         return "\nNo genome was scored in a final; see the status column of results.tsv"
-    texts = [final_text(table, settings), lineage_text(rows, winner.id), ops_text(rows, winner.genome, settings)]
-    return "\n".join([*texts, *([hurdle_text(rows, settings)] if settings.hurdle else [])])
+    texts = [final_text(o, rows, settings), lineage_text(rows, o.winner.id), ops_text(rows, o.winner.genome, settings)]
+    return "\n".join(
+        [*texts, *([hurdle_text(rows, settings)] if settings.hurdle < 1 and settings.strategy != "drift" else [])]
+    )
 
 
-def best_genome(rows: list[Result], header: dict, settings: Settings) -> dict | None:
+def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome) -> dict | None:
     """What best_genome.json holds: the winner of the final, before it the best of the search, and how to check it."""
     found = searched(rows)
     if not found:
         return None
-    f = best_evolved(final_table(rows, settings), rows)
-    best = next(c for c in found if not f or c.id == f.id)
-    stage = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
-    if f:
-        stage = {
+
+    def standing(s: Standing | None) -> dict | None:
+        if s is None:
+            return None
+        own = {name: value for name, value in dataclasses.asdict(s).items() if name != "genome"}
+        return {**own, "summary": s.genome.summary, "genome": json.loads(s.genome.to_json())}
+
+    def by_hand(table: list[Standing]) -> list[dict]:
+        return [standing(s) for s in table if family_of(s.id)]
+
+    best = next(c for c in found if not o.winner or c.id == o.winner.id)
+    result = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
+    if o.winner:
+        share, reached = o.target
+        as_found, on_less = (next((s for s in table if s.id == best.id), None) for table in (o.long, o.passes))
+        result = {
             "stage": "final",
-            "test_bpb": dataclasses.asdict(f.test),
-            "val_bpb": dataclasses.asdict(f.val),
-            "lead_over_transformer": f.lead and dataclasses.asdict(f.lead),
-            "budget_factor": settings.final_factor,
+            "final": {"winner": standing(o.winner), "baselines": by_hand(o.final)},
+            "time_to_target": {"share_of_budget": share and dataclasses.asdict(share), "seeds_that_reach_it": reached},
+            "long": {
+                "budget_factor": settings.long_factor,
+                "as_found": standing(as_found),
+                "grown": standing(o.grown),
+                "baselines": by_hand(o.long),
+            },
+            "passes": {
+                "share_of_text": 1 / settings.long_factor,
+                "winner": standing(on_less),
+                "baselines": by_hand(o.passes),
+            },
         }
     shown = ("generation", "id", "parents", "operator", "val_bpb", "params", "summary")
+    rival = o.rival or next(iter(best_baselines(rows)), None)
     return {
         "id": best.id,
         "summary": best.genome.summary,
         "genome": json.loads(best.genome.to_json()),
         "search_val_bpb": list(best.scores),
-        **stage,
+        **result,
+        "rival": rival and {"id": rival.id, "genome": json.loads(rival.genome.to_json())},
         "settings": header,
         "torch": header.get("torch"),
         "lineage": [{name: getattr(row, name) for name in shown} for row in lineage(rows, best.id)],
@@ -1764,8 +2175,11 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
-def picture(rows: list[Result], title: str, controls: Controls) -> bytes | None:
-    """progress.png: is it getting better than its controls, of what is it made, at what cost. None without a score."""
+def picture(rows: list[Result], title: str, controls: Controls, o: Outcome, settings: Settings) -> bytes | None:
+    """progress.png: is it getting better than its controls, of what is it made, at what cost, and does its lead last.
+
+    None without a score.
+    """
     import io
 
     import matplotlib
@@ -1778,8 +2192,11 @@ def picture(rows: list[Result], title: str, controls: Controls) -> bytes | None:
     last = max(r.generation for r in of_stage(rows, "search"))
     generations = sorted({r.generation for r in ok})
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=(10, 9))
-        axes = figure.subplot_mosaic([["better", "better"], ["made", "cost"]])
+        figure = Figure(figsize=(10, 11.5 if o.winner else 9))
+        panels = {"better better": 1, "made cost": 1, **({"lead lead": 0.5} if o.winner else {})}
+        axes = figure.subplot_mosaic([row.split() for row in panels], height_ratios=list(panels.values()))
+        if o.winner:
+            draw_leads(axes["lead"], o, settings)
         draw_scores(axes["better"], rows, ok, generations, last, controls)
         draw_ops(axes["made"], ok, last)
         draw_costs(axes["cost"], rows, ok, axes["better"].get_ylim())
@@ -1901,9 +2318,33 @@ def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, 
     axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
 
 
+def draw_leads(axis, o: Outcome, settings: Settings):
+    """The winner's leads over the baselines in each final, with their intervals."""
+    once, longer = (budget_times(settings, factor) for factor in (1, settings.long_factor))
+    as_found, on_less = (next((s for s in table if s.id == o.winner.id), None) for table in (o.long, o.passes))
+    rows = {once: o.winner, f"{longer}, as found": as_found, f"{longer}, grown": o.grown,
+            f"{once}, {1 / settings.long_factor:.0%} of the text": on_less}  # fmt: skip
+    rows = {name: s for name, s in rows.items() if s}
+    low = high = 0.0
+    for place, s in enumerate(rows.values()):
+        for n, (baseline, lead) in enumerate(s.leads.items()):
+            y, half, color = place + 0.25 * n, lead.half or 0.0, COLOURS[n % len(COLOURS)]
+            axis.errorbar(lead.mean, y, xerr=half, fmt="o", color=color, capsize=4, ms=5)
+            text = f"   {s.id}: {lead.mean:.4f} over {baseline}, {s.passes:.1f} passes over the text"
+            axis.annotate(text, (lead.mean + half, y), va="center", fontsize=10)
+            low, high = min(low, lead.mean - half), max(high, lead.mean + half)
+    axis.axvline(0, color="#555555", lw=1, ls=":")
+    axis.set_yticks(range(len(rows)), list(rows))
+    width = max(high - low, 1e-3)
+    axis.set(xlim=(low - 0.05 * width, high + 1.2 * width), ylim=(len(rows) - 0.4, -0.6))  # words stand on the right
+    faster = f" It needs {o.target[0].mean:.0%} of the time of {o.rival.id}" if o.target[0] else ""
+    axis.set(title=f"Does the lead last?{faster}", xlabel="lead on test in bits per byte (higher is better)")
+
+
 def write_reports(out: Path, rows: list[Result], header: dict, settings: Settings, controls: Controls):
     """best_genome.json and progress.png."""
-    best = best_genome(rows, header, settings)
+    o = outcome(rows, settings, header["vocab_size"])
+    best = best_genome(rows, header, settings, o)
     if best is None:
         if of_stage(rows, "search"):
             say("No genome is scored yet, so there is no best_genome.json and no progress.png")
@@ -1913,7 +2354,7 @@ def write_reports(out: Path, rows: list[Result], header: dict, settings: Setting
     title = (f"genesis, {settings.strategy}, seed {settings.seed}: {header['data']}, {header['device']}, "
              f"{budget_text(settings)} a trial")  # fmt: skip
     try:
-        drawn = picture(rows, title, controls)
+        drawn = picture(rows, title, controls, o, settings)
     except Exception as error:  # whatever a picture dies of, the search goes on
         return say(f"progress.png was not drawn: {type(error).__name__}: {first_line(error)}{place_of(error)}")
     write_whole(out / "progress.png", drawn)
@@ -1945,7 +2386,7 @@ def evolve(record: Record, settings: Settings, data: prepare.Dataset, device: to
             written = reporter.submit(write_reports, out, list(record.rows), record.header, settings, controls)
     if written:
         written.result()
-    say(end_text(record.rows, settings))
+    say(end_text(record.rows, settings, data.vocab_size))
 
 
 def progress(pool: Pool, tasks: list[Task]) -> Iterator[Result]:
@@ -1990,38 +2431,74 @@ def slower_text(result: Result, rows: list[Result], settings: Settings) -> str:
     return f"{change:+.0%} tokens/s against its first evaluation" if abs(change) > SLOWER else ""
 
 
-def read_genome(path: Path) -> Genome:
-    """The genome in best_genome.json or in a file of its own. Raises Stop or GenomeError."""
+def read_designs(path: Path, scale: float, deeper: int) -> dict[str, Genome]:
+    """The genome in best_genome.json or in a file of its own, by name, as --scale and --deeper change it.
+
+    Where they do, the baseline that the file names follows, changed alike. Raises Stop or GenomeError.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise Stop(f"Cannot read {path}: {error}") from None
-    return Genome.from_dict(content.get("genome", content) if isinstance(content, dict) else content)
+    own = content.get("genome", content) if isinstance(content, dict) else content
+    if scale == 1 and not deeper:
+        return {path.stem: Genome.from_dict(own)}
+    designs = {path.stem: own}
+    rival = content.get("rival") if isinstance(content, dict) else None
+    if isinstance(rival, dict):
+        designs[f"{rival.get('id')} (its best baseline)"] = rival.get("genome")
+    changes = [f"x{scale:g}"] * (scale != 1) + [f"+{deeper}"] * (deeper != 0)
+    made = {name: scaled(grown(Genome.from_dict(genome), deeper), scale) for name, genome in designs.items()}
+    return {" ".join([name, *changes]): genome for name, genome in made.items()}
 
 
-def train_one(args: argparse.Namespace, genome: Genome, settings: Settings, data: prepare.Dataset, device):
-    """Train one genome for the budget, print its val_bpb and some text that it writes, and keep it where asked."""
+def check_memory(designs: dict[str, Genome], data: prepare.Dataset, device: torch.device):
+    """Raise Stop where weights, gradients and what the optimizer keeps, 16 bytes a parameter, have no room."""
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, genome in designs.items():
+        need = 16 * genome.num_params(data.vocab_size)
+        if need > room:
+            raise Stop(f"{name}: its parameters take {need / 2**30:,.0f} GiB to train, and {device} has "
+                       f"{room / 2**30:,.0f}; choose a smaller --scale or --deeper")  # fmt: skip
+
+
+def train_one(args: argparse.Namespace, designs: dict[str, Genome], settings: Settings, data: prepare.Dataset, device):
+    """Train designs for the budget, print what they reach; let the first write some text, and keep it where asked."""
     path = Path(args.train)
-    say(f"{genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on {device}")
-    task = Task("train", path.stem, genome, settings.seed)
+    check_memory(designs, data, device)
     on_device = data.to(device)
     turn = GpuTurn(turn_file(device), f"process {os.getpid()} for --train {path}", say)
     if device.type == "cuda" and (problem := compiler_problem(data.vocab_size, device, settings)):
         raise Stop(problem)
     form = "training {bar:20} {percentage:3.0f} %  {remaining} left"
-    with tqdm(total=1.0, leave=False, disable=not sys.stderr.isatty(), bar_format=form) as bar:
-        result, model = run_trial(task, on_device, settings, turn, lambda share: bar.update(min(share, 1.0) - bar.n))
-    if result.note:
-        say(result.note)
-    if result.status != "ok":
-        raise Stop(f"{path}: training ended with status {result.status}. {result.note}")
-    passes = result.tokens / len(data.train)
-    say(f"val_bpb {result.val_bpb:.4f} after {result.seconds:.1f} s: {result.tokens:,} tokens, "
-        f"{result.tokens_per_s:,.0f} a second, {passes:.1f} passes over the training text\n")  # fmt: skip
-    if args.save:
-        save_model(Path(args.save), model, data)
+    scores, first = [], None
+    for name, genome in designs.items():
+        say(f"{name}: {genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on "
+            f"{device}")  # fmt: skip
+        task = Task("train", name, genome, settings.seed, settings.seed)
+        with tqdm(total=1.0, leave=False, disable=not sys.stderr.isatty(), bar_format=form) as bar:
+            result, model = run_trial(
+                task, on_device, settings, turn, lambda s, bar=bar: bar.update(min(s, 1.0) - bar.n)
+            )
+        if result.note:
+            say(result.note)
+        if result.status != "ok":
+            raise Stop(f"{name}: training ended with status {result.status}. {result.note}")
+        say(f"val_bpb {result.val_bpb:.4f} after {result.seconds:.1f} s: {result.tokens:,} tokens, "
+            f"{result.tokens_per_s:,.0f} a second, {result.passes:.1f} passes over the training text\n")  # fmt: skip
+        scores.append(result.val_bpb)
+        first = first or model
+        if args.save and model is first:
+            save_model(Path(args.save), model, data)
+        model = None  # its memory is for the next
+        free_memory()
+    if len(scores) > 1:
+        say(f"{path.stem} leads by {scores[1] - scores[0]:.4f} bits per byte\n")
     with turn:
-        say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
+        say(write_text(first, data, args.prompt, settings.seq_len, settings.seed))
 
 
 def save_model(path: Path, model: Model, data: prepare.Dataset):
@@ -2140,7 +2617,12 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
-    genome = read_genome(Path(args.train)) if args.train else None
+    if (args.scale != 1 or args.deeper) and not args.train:
+        raise Stop("--scale and --deeper change the design that --train trains; name it with --train FILE")
+    if not 0 < args.scale <= MAX_WIDTH or not 0 <= args.deeper <= MAX_GENES:
+        raise Stop(f"--scale {args.scale:g} --deeper {args.deeper}: the one has to be above 0 and up to {MAX_WIDTH:,}, "
+                   f"the other from 0 to {MAX_GENES}")  # fmt: skip
+    designs = read_designs(Path(args.train), args.scale, args.deeper) if args.train else {}
     if args.save and not Path(args.save).absolute().parent.is_dir():
         raise Stop(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
     if not args.write:  # that builds no op anew
@@ -2170,8 +2652,8 @@ def run_command(args: argparse.Namespace):
         )
         say(f"{name} does not compute in bfloat16: training in float32, at a fraction of the tokens a second and with "
             f"more memory{more}")  # fmt: skip
-    if genome:
-        return train_one(args, genome, settings, data, device)
+    if designs:
+        return train_one(args, designs, settings, data, device)
     if torch.cuda.device_count() > 1:
         say(f"{torch.cuda.device_count()} GPUs: this run uses the first. Another run, for another one: "
             "CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip

@@ -6,7 +6,7 @@ a pre-norm transformer block is  norm, attention skip=2, norm, gate skip=2.
 
 Read it in order: the ops (add one of your own there: one class, nothing else), then Gene and Genome, then the Model
 that a genome builds, how its parts are compiled and how ops are tried out, then random_genome, mutate and crossover,
-then the baselines that evolution has to beat.
+then the designs that evolution has to beat, and how a design grows.
 
     uv run genome.py        what a random genome looks like, and a table of the ops
 
@@ -16,6 +16,7 @@ Reads and writes nothing. B batch, T time (tokens), C channels, H heads, D chann
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -31,7 +32,8 @@ import torch.nn.functional as F
 # ------------------------------------------------------------------------------------------------------------------
 # The vocabulary of a gene. The first choice of a trait is its default.
 
-WIDTHS = (64, 128, 192, 256, 320, 384, 512)  # channels that a gene may put out
+WIDTHS = (64, 128, 192, 256, 320, 384, 512)  # channels of a gene, as evolution draws them
+WIDTH_STEP, MAX_WIDTH = 64, 4_096  # in a file, and when a design is scaled: any multiple of the one up to the other
 MAX_GENES = 48  # genes in a genome; a 12-layer transformer has 48
 MAX_DISTANCE = 8  # how far back random wiring reaches, in genes (a genome that is written out may reach to the start)
 MAX_JSON = 200_000  # characters of a genome file; more is refused unread
@@ -710,6 +712,11 @@ def check_choice(where: str, value, choices: tuple):
     raise GenomeError(f"{where}: {shown(value)} is not one of {', '.join(map(str, choices))}")
 
 
+def check_width(where: str, value):
+    if type(value) is not int or value % WIDTH_STEP or not WIDTH_STEP <= value <= MAX_WIDTH:
+        raise GenomeError(f"{where}: {shown(value)} is not a multiple of {WIDTH_STEP} up to {MAX_WIDTH:,}")
+
+
 def check_distance(where: str, value, smallest: int):
     if type(value) is not int or not smallest <= value <= MAX_GENES:
         raise GenomeError(f"{where}: {shown(value)} is not a distance from {smallest} to {MAX_GENES}")
@@ -729,7 +736,7 @@ def unique_fields(pairs: list[tuple[str, object]]) -> dict:
 class Gene:
     """One operation. Gene("attention", 256, skip=2, heads=8); traits that are not named take their default.
 
-    op: a name in OPS. dim: channels it puts out, one of WIDTHS (None for ops that keep the width of their input).
+    op: a name in OPS. dim: channels it puts out, a multiple of 64 (None for ops that keep the width of their input).
     input: it reads the gene this far back (1 the one before; the first gene reads the embedding). skip: what came out
     this far back is added (0 nothing; 1 is a residual around this gene alone). Raises GenomeError.
     """
@@ -752,7 +759,7 @@ class Gene:
         if OPS[op].keeps_width and dim is not None:
             raise GenomeError(f"{op}.dim: keeps the width of its input, so dim has to be null")
         if not OPS[op].keeps_width:
-            check_choice(f"{op}.dim", dim, WIDTHS)
+            check_width(f"{op}.dim", dim)
         check_distance(f"{op}.input", input, 1)
         check_distance(f"{op}.skip", skip, 0)
         for name, value in {"activation": activation, "repeat": repeat, "scale": scale}.items():
@@ -826,8 +833,9 @@ class Genome:
         object.__setattr__(self, "genes", tuple(self.genes))
         if not 1 <= len(self.genes) <= MAX_GENES:
             raise GenomeError(f"genes: a genome has 1 to {MAX_GENES} of them")
-        for name, choices in GENOME_TRAITS.items():
-            check_choice(name, getattr(self, name), choices)
+        check_width("embed_dim", self.embed_dim)
+        for name in ("lr_factor", "tied"):
+            check_choice(name, getattr(self, name), GENOME_TRAITS[name])
         for i, gene in enumerate(self.genes, start=1):
             for name in ("input", "skip"):
                 if getattr(gene, name) > i:
@@ -1328,7 +1336,8 @@ def change_width(genome, rng):
     step = rng.choice((-1, 1))
 
     def resized(dim):
-        return WIDTHS[min(max(WIDTHS.index(dim) + step, 0), len(WIDTHS) - 1)]
+        further = [width for width in WIDTHS if (width - dim) * step > 0]
+        return min(further, key=lambda width: abs(width - dim), default=dim)
 
     genes = tuple(gene.change(dim=resized(gene.dim)) if gene.dim else gene for gene in genome.genes)
     return replace(genome, genes=genes, embed_dim=resized(genome.embed_dim))
@@ -1503,18 +1512,20 @@ def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Baselines: designs that evolution has to beat. They are trained like any genome and never become parents.
+# Designs: what people build, for evolution to beat, and how a design grows. None of them ever becomes a parent.
 
 
-def transformer(n_layer: int, dim: int, heads: int, lr_factor: float = 1.0, **attention) -> Genome:
+def transformer(
+    n_layer: int, dim: int, heads: int = 2, lr_factor: float = 1.0, tied: bool = False, expansion: int = 4, **attention
+) -> Genome:
     """Pre-norm, rotary, SwiGLU (Touvron et al. 2023, Llama)."""
     block = (
         Gene("norm"),
         Gene("attention", dim, skip=2, heads=heads, **attention),
         Gene("norm"),
-        Gene("gate", dim, skip=2),
+        Gene("gate", dim, skip=2, expansion=expansion),
     )
-    return Genome(block * n_layer, embed_dim=dim, lr_factor=lr_factor)
+    return Genome(block * n_layer, embed_dim=dim, lr_factor=lr_factor, tied=tied)
 
 
 def convnet(n_layer: int, dim: int) -> Genome:
@@ -1533,20 +1544,87 @@ def mlp(n_layer: int, dim: int) -> Genome:
     return Genome((Gene("norm"), Gene("gate", dim, skip=2)) * n_layer, embed_dim=dim)
 
 
-BASELINES = {  # twelve evaluations, as many as a generation: transformers around the best depth, width and rate
-    "transformer-3x256-lr0.7": transformer(3, 256, 2, lr_factor=0.7),
-    "transformer-3x256": transformer(3, 256, 2),
-    "transformer-3x256-lr1.4": transformer(3, 256, 2, lr_factor=1.4),
-    "transformer-4x256": transformer(4, 256, 2),
-    "transformer-2x320": transformer(2, 320, 2),
-    "transformer-3x320": transformer(3, 320, 2),
-    "transformer-2x384": transformer(2, 384, 2),
-    "transformer-2x128-lr1.4": transformer(2, 128, 2, lr_factor=1.4),
-    "convnet-4x256": convnet(4, 256),
-    "gru-2x256": gru_net(2, 256),
-    "gru-1x384": gru_net(1, 384),
-    "mlp-4x256": mlp(4, 256),
+class Family(NamedTuple):
+    """A kind of design that evolve.py tunes before it searches: design(n_layer, dim, **traits) makes one.
+
+    traits: what is tuned beside depth and width, each with its choices, the usual one first.
+    """
+
+    design: Callable[..., Genome]
+    traits: dict[str, tuple]
+
+
+FAMILIES = {
+    "transformer": Family(
+        transformer,
+        {
+            "heads": Attention.traits["heads"],
+            "lr_factor": GENOME_TRAITS["lr_factor"],
+            "tied": GENOME_TRAITS["tied"],
+            "expansion": Gate.traits["expansion"],
+        },
+    )
 }
+LEVELS = {"convnet-4x256": convnet(4, 256), "gru-1x384": gru_net(1, 384), "mlp-4x256": mlp(4, 256)}  # as they are
+
+
+def pruned(genome: Genome) -> Genome:
+    """The same network without the genes that are no part of it."""
+    genes = [
+        node.gene.change(input=state - node.source, skip=0 if node.skip is None else state - node.skip)
+        for state, node in enumerate(genome.network, start=1)
+    ]
+    return replace(genome, genes=genes) if genes else genome
+
+
+def repeated_run(genome: Genome) -> tuple[int, int]:
+    """The longest run of whole blocks that stands twice in a row: where the last time of it starts and ends.
+
+    Blocks are what lies between clean cuts, and are alike where their ops and widths are. A run that is a shorter one
+    several times over does not count, nor does one of norms alone. Where nothing repeats it is all there is.
+    """
+    cuts = clean_cuts(genome)
+    blocks = [[(gene.op, gene.dim) for gene in genome.genes[a:b]] for a, b in itertools.pairwise(cuts)]
+    for size in range(len(blocks) // 2, 0, -1):
+        for i in range(len(blocks) - size, size - 1, -1):
+            run = blocks[i : i + size]
+            shorter = any(size % n == 0 and run == run[:n] * (size // n) for n in range(1, size))
+            computes = any(op not in ("norm", "identity") for block in run for op, _ in block)
+            if run == blocks[i - size : i] and computes and not shorter:
+                return cuts[i], cuts[i + size]
+    return 0, len(genome.genes)
+
+
+def grown(genome: Genome, times: int) -> Genome:
+    """The design with its repeated run so many times more: (norm→attention→norm→gate)×6 is one of 6 + times layers.
+
+    Raises GenomeError where that is too many genes.
+    """
+    genome = pruned(genome)
+    start, stop = repeated_run(genome)
+    more = genome.genes[start:stop] * times
+    if len(genome.genes) + len(more) > MAX_GENES:
+        raise GenomeError(f"{len(genome.genes) + len(more)} genes, over MAX_GENES = {MAX_GENES}")
+    return spliced(genome, stop, stop, more)
+
+
+def scaled(genome: Genome, factor: float) -> Genome:
+    """The design so many times as wide, and with as many times more heads where an op has such a choice.
+
+    Widths are rounded to a multiple of 64. Raises GenomeError where one is too large.
+    """
+
+    def wider(dim):
+        return max(1, round(dim * factor / WIDTH_STEP)) * WIDTH_STEP
+
+    genes = []
+    for gene in genome.genes:
+        changes = {"dim": wider(gene.dim)} if gene.dim else {}
+        heads = dict(gene.traits).get("heads", 0) * factor  # heads stay as wide as they were
+        if heads in OPS[gene.op].traits.get("heads", ()):
+            changes["heads"] = int(heads)
+        genes.append(gene.change(**changes))
+    return replace(genome, genes=genes, embed_dim=wider(genome.embed_dim))
 
 
 def main():
