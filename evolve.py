@@ -83,7 +83,7 @@ REPEATS: Count = 3  # evaluations of a survivor, one a generation, each with a n
 MUTATION_RATE: Share = 0.3  # chance of each further mutation after the first, and of one after a crossover
 CROSSOVER_RATE: Share = 0.3  # share of children with two parents
 IMMIGRANTS: CountOr0 = 1  # random genomes among the newcomers of a generation
-HURDLE: ShareAbove0 = 0.25  # a newcomer trains on after half its budget if its loss is in this best share; 1: no hurdle
+HURDLE: ShareAbove0 = 0.25  # best share of newcomers that train on after half their budget; 1: no hurdle
 HURDLE_SAMPLE: Share = 0.1  # share of newcomers that train on all the same, to see what the hurdle costs
 BASELINE_TRIALS: Count = 20  # evaluations that tune each family of designs by people, before the search
 MAX_GENERATIONS: CountOr0 = 25  # generations until the final; raise it to go on
@@ -232,7 +232,7 @@ class Task:
     budget: float = 1.0  # times TIME_BUDGET or TOKEN_BUDGET
     text: float = 1.0  # share of the training text that it sees
     test: bool = False  # scored on test as well
-    hurdle: float | None = None  # what its half-way loss must not exceed, in nats per token
+    hurdle: tuple[float, ...] = ()  # what its outlook must not exceed at each of RUNGS; () where there is no hurdle
     spared: bool = False  # runs on when it does
 
     @property
@@ -296,7 +296,11 @@ class Result:
     @property
     def halfway_loss(self) -> float:
         """The mean training loss of the fifth tenth of the budget, before the learning rate falls; inf without one."""
-        loss = self.curve[HALFWAY] if self.losses else math.nan
+        return self.loss_of(5)
+
+    def loss_of(self, tenth: int) -> float:
+        """The mean training loss of the first, second, ... tenth of the budget; inf where there is none."""
+        loss = self.curve[tenth - 1] if self.losses else math.nan
         return math.inf if math.isnan(loss) else loss
 
     @property
@@ -316,7 +320,9 @@ EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 BF16_CAPABILITY = (8, 0)  # the first with bfloat16 in its matrix units (Ampere)
 CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
-HALFWAY = 4  # the point of it that the hurdle looks at: the last one before the learning rate falls
+# The hurdle looks at a newcomer after these tenths of its budget, and lets so many times HURDLE of the best go on.
+RUNGS = ((3, 2.0), (5, 1.0))
+SPEED_WORTH = 0.15  # nats per token: what a design e times slower has gained on a faster one by the end of its budget
 
 
 @functools.cache
@@ -415,6 +421,15 @@ class Optimizer:
         for state in self.adamw.state.values():
             for tensor in state.values():
                 tensor.zero_()
+
+
+def outlook(loss: float, tokens_per_s: float, settings: Settings) -> float:
+    """What a newcomer is judged by before its end: its loss, put right for its speed, in nats per token.
+
+    A slower design has seen less text by then and gains more from what is left: of children run to their end the loss
+    after half the budget ranks 0.83 with the score, put right 0.98. Alike where the budget is a number of tokens.
+    """
+    return loss if settings.token_budget else loss + SPEED_WORTH * math.log(tokens_per_s)
 
 
 def schedule_at(fraction: float) -> float:
@@ -538,6 +553,7 @@ class Trial:
         s, task, result = self.settings, self.task, self.result
         seconds, tokens = s.time_budget * task.budget, s.token_budget * task.budget
         diverged = math.log(self.data.vocab_size) + 1
+        looks = collections.deque((at, limit) for (at, _), limit in zip(RUNGS, task.hurdle, strict=False))
         losses: list[list[float]] = [[] for _ in range(CURVE)]
         recent: collections.deque = collections.deque(maxlen=50)
         host = torch.zeros(2, pin_memory=self.on_gpu)
@@ -576,8 +592,10 @@ class Trial:
             if not tokens and stood_still(paces[1:], seconds):
                 result.status = "stalled"
                 self.add_note(f"nothing happened for {paces[-1]:.1f} s of {seconds:g} s")
-            if not result.hurdle and task.hurdle is not None and tenth > HALFWAY and losses[HALFWAY]:
-                missed = statistics.fmean(losses[HALFWAY]) > task.hurdle
+            while looks and tenth >= looks[0][0] and result.hurdle != "spared" and result.status == "ok":
+                at, limit = looks.popleft()
+                loss = statistics.fmean(losses[at - 1]) if losses[at - 1] else -math.inf  # a step longer than a tenth
+                missed = outlook(loss, done * s.batch_tokens / now, s) > limit
                 result.hurdle = "passed" if not missed else "spared" if task.spared else "stopped"
                 result.status = "stopped" if result.hurdle == "stopped" else result.status
         self.synchronize()
@@ -1508,8 +1526,8 @@ def tuning(family: str, scores: dict[str, float], fits: Callable[[Design], bool]
     """Rounds of designs that look for the best of a family; each is planned from the scores, by id, of those before.
 
     First a coarse line of sizes, from small to the largest that fits. Then one trait after the other around the best:
-    its neighbours on both sides, and on from the better one for as long as that helps (one layer, then two, then
-    four). Over again, until none of them helps.
+    its neighbours on both sides, and on from the better one for as long as that helps. Over again, until none of them
+    helps. Depth first by two layers, then by one: one layer alone makes less of a difference than noise may hide.
     """
 
     def score(design):
@@ -1529,16 +1547,16 @@ def tuning(family: str, scores: dict[str, float], fits: Callable[[Design], bool]
     best, helped = min(line, key=score), True
     while helped:
         helped = False
-        for trait in best.traits:
-            directions, step = (-1, 1), 1
+        for trait, step in (("n_layer", 2), *((trait, 1) for trait in best.traits)):
+            directions = (-1, 1)
             while directions:
-                around = {way: best.neighbour(trait, way * step).fitted(fits) for way in directions}
-                yield list(around.values())
-                directions = tuple(way for way in around if score(around[way]) < score(best))
-                if directions:
-                    way = min(directions, key=lambda way: score(around[way]))
-                    best, directions, helped = around[way], (way,), True
-                    step = min(2 * step, 4) if trait == "n_layer" else 1
+                further = {way: best.neighbour(trait, way * step).fitted(fits) for way in directions}
+                further = {way: design for way, design in further.items() if design}
+                yield list(further.values())
+                way = min(further, key=lambda way: score(further[way]), default=None)
+                directions = ()
+                if way and score(further[way]) < score(best):
+                    best, directions, helped = further[way], (way,), True
 
 
 def tuning_round(family: str, rows: list[Result], settings: Settings, vocab_size: int) -> list[Design]:
@@ -1587,7 +1605,8 @@ def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> l
         seed = settings.seed * SEEDS + k
         return Task("baseline", id, genome, seed, seed)
 
-    others = [task(name, genome) for name, genome in LEVELS.items() if is_small(genome, settings, vocab_size)]
+    levels = {name: genome for name, genome in LEVELS.items() if not family_of(name)}
+    others = [task(name, genome) for name, genome in levels.items() if is_small(genome, settings, vocab_size)]
     designs = [design for family in FAMILIES for design in tuning_round(family, rows, settings, vocab_size)]
     if tasks := missing([*(task(d.id, d.genome) for d in designs), *others], rows):
         return tasks
@@ -1603,16 +1622,20 @@ def select(rows: list[Result], settings: Settings, rng: random.Random) -> list[C
     return found[: settings.survivors]
 
 
-def hurdle_after(earlier: list[Result], settings: Settings) -> float | None:
-    """The half-way loss that a newcomer must not exceed: that of the last in the best HURDLE of all newcomers so far.
+def hurdle_after(earlier: list[Result], settings: Settings) -> tuple[float, ...]:
+    """For each of RUNGS the outlook that a newcomer must not exceed: that of the last in the best share of all so far.
 
-    None where there is no hurdle: in the first generation, and under drift, which knows no better or worse.
+    () where there is no hurdle: in the first generation, and under drift, which knows no better or worse.
     """
     newcomers = [row for row in earlier if row.is_newcomer and row.status in ("ok", "stopped")]
-    losses = sorted(row.halfway_loss for row in newcomers)
-    if settings.hurdle == 1 or settings.strategy == "drift" or not losses:
-        return None
-    return losses[math.ceil(settings.hurdle * len(losses)) - 1]
+    if settings.hurdle == 1 or settings.strategy == "drift" or not newcomers:
+        return ()
+    limits = []
+    for tenth, times in RUNGS:
+        outlooks = sorted(outlook(row.loss_of(tenth), row.tokens_per_s or 1, settings) for row in newcomers)
+        best = math.ceil(min(1.0, times * settings.hurdle) * len(outlooks) - 1e-9)  # 0.28 * 25 is a little over 7
+        limits.append(outlooks[max(1, best) - 1])
+    return tuple(limits)
 
 
 def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: int) -> list[Task]:
@@ -1649,7 +1672,7 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
         spared = rng.random() < settings.hurdle_sample
         name, from_whom = f"g{generation}.{n + 1:02d}", tuple(p.id for p in parents)
         is_immigrant = operator == "random" and settings.strategy != "random"
-        limits = dict(hurdle=None if is_immigrant else hurdle, spared=spared)
+        limits = dict(hurdle=() if is_immigrant else hurdle, spared=spared)
         tasks.append(Task("search", name, genome, seed, base, generation, from_whom, operator, **limits))
     return tasks
 
@@ -1672,6 +1695,8 @@ def finalists(rows: list[Result], settings: Settings) -> list[Candidate]:
 
 def final_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """The final: the finalists and the best design of each family, at the search's own budget, with fresh seeds."""
+    if not finalists(rows, settings):
+        return []
     first = settings.seed * SEEDS + FINAL  # seeds that the search never used, the same for all
     return [
         Task("final", c.id, c.genome, first + n, first + n, test=True)
@@ -1748,7 +1773,7 @@ def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) ->
     The best design of each family as it is, and grown one step at a time until one more is no better or does not fit;
     the finalists as they were found, and grown once and twice.
     """
-    if not settings.long_seeds:
+    if not settings.long_seeds or first_two(rows, settings, vocab_size) is None:
         return []
     seed, scores = settings.seed * SEEDS + LONG, scores_of(rows)
 
@@ -1767,7 +1792,7 @@ def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) ->
         for task in sizes(c):
             tasks.append(task)
             score = scores.get(task.evaluation, math.inf)
-            if task.parents and not score < best:
+            if task.parents and not score < best < math.inf:
                 break
             best = score
     return tasks
@@ -1776,7 +1801,7 @@ def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) ->
 def long_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """The long final: the winner as found, the best of the grown, and of each family what grew best. Fresh seeds."""
     both, trials = first_two(rows, settings, vocab_size), grow_evaluations(rows, settings, vocab_size)
-    if both is None or missing(trials, rows, attempts=2):
+    if both is None or not trials or missing(trials, rows, attempts=2):
         return []
     scores = scores_of(rows)
     chosen = [next(task for task in trials if task.id == both[0][0].id)]
@@ -1799,7 +1824,8 @@ def passes_evaluations(rows: list[Result], settings: Settings, vocab_size: int) 
     None where nobody saw any of it twice there.
     """
     both = first_two(rows, settings, vocab_size)
-    if both is None or max((row.passes or 0 for row in of_stage(rows, "long")), default=0) <= 1:
+    long = {task.evaluation for task in long_evaluations(rows, settings, vocab_size)}
+    if both is None or max((row.passes or 0 for row in rows if row.evaluation in long), default=0) <= 1:
         return []
     name, seeds = both[0][0].id, [row.seed for row in both[0]][: settings.long_seeds]
     final, share = final_evaluations(rows, settings, vocab_size), 1 / settings.long_factor
@@ -1923,13 +1949,13 @@ class Outcome:
 def outcome(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
     stages = (final_evaluations, long_evaluations, passes_evaluations)
     final, long, passes = (standings(rows, stage(rows, settings, vocab_size)) for stage in stages)
-    too_large = {}
+    too_large, tried = {}, {task.id for task in grow_evaluations(rows, settings, vocab_size)}
     for c in [*finalists(rows, settings), *best_baselines(rows)] if long else ():
-        for times in (1, 2):
-            try:
-                growth(c.genome, times, settings, vocab_size)
-            except GenomeError as error:
-                too_large[f"{c.id}+{times}"] = str(error)
+        times = next(n for n in itertools.count(1) if f"{c.id}+{n}" not in tried)
+        try:
+            growth(c.genome, times, settings, vocab_size)
+        except GenomeError as error:
+            too_large[f"{c.id}+{times}"] = str(error)
     return Outcome(final, long, passes, too_large, time_to_target(rows, settings, vocab_size))
 
 
@@ -2075,7 +2101,8 @@ def final_text(o: Outcome, rows: list[Result], settings: Settings) -> str:
         lines += [f"{name} was not tried: {why}" for name, why in o.too_large.items()]
     if o.passes:
         share = f"{1 / settings.long_factor:.0%} of the text"
-        lines += [f"\nIs it that the text is seen more often? {once} on {share}, {settings.long_seeds} seeds each\n"]
+        seeds = min(settings.long_seeds, settings.final_seeds)
+        lines += [f"\nIs it that the text is seen more often? {once} on {share}, {seeds} seeds each\n"]
         lines += table_text(o.passes, {})
     return "\n".join(lines)
 
@@ -2104,7 +2131,10 @@ def hurdle_text(rows: list[Result], settings: Settings) -> str:
     newcomers, leaders = [r for r in rows if r.is_newcomer], leaders_by_generation(rows, settings.survivors)
     stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
     survived = sum(row.id in leaders[row.generation] for row in spared)
-    saved = len(stopped) * 0.5 / max(1, len(of_stage(rows, "search")))
+    left = (
+        sum(sum(math.isnan(loss) for loss in row.curve) + 1 for row in stopped) / CURVE
+    )  # trials that were not trained
+    saved = left / max(1, len(of_stage(rows, "search")))
     return (f"\nhurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
             f"{len(spared)} that missed it ran on, {survived} of them to survive")  # fmt: skip
 
@@ -2486,7 +2516,7 @@ def train_one(args: argparse.Namespace, designs: dict[str, Genome], settings: Se
         if result.note:
             say(result.note)
         if result.status != "ok":
-            raise Stop(f"{name}: training ended with status {result.status}. {result.note}")
+            raise Stop(f"{path}: training ended with status {result.status}. {result.note}")
         say(f"val_bpb {result.val_bpb:.4f} after {result.seconds:.1f} s: {result.tokens:,} tokens, "
             f"{result.tokens_per_s:,.0f} a second, {result.passes:.1f} passes over the training text\n")  # fmt: skip
         scores.append(result.val_bpb)

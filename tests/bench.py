@@ -11,6 +11,9 @@ soak     100 random genomes at 2 s each through the workers: time outside traini
          below the unigram entropy
 designs  val_bpb of the named designs after 10 s
 parts    best_genome.json without one of its parts at a time, 10 s, three seeds each: what is each worth?
+hurdle   children of best_genome.json to their end, by kind: how each tenth of the loss curve ranks them, and whom the
+         hurdle would stop wrongly
+fidelity a dozen unlike genomes at a quarter, a half, one and two times the budget: how one budget ranks for another
 variants networks made by hand near the published winner, and transformers, 5 s each: is anything better near it?
 """
 
@@ -18,6 +21,7 @@ import argparse
 import collections
 import dataclasses
 import gc
+import itertools
 import math
 import random
 import statistics
@@ -36,10 +40,11 @@ from variants import near_the_winner
 import evolve
 import genome as genomes
 import prepare
-from genome import BASELINES, COMPILED, OPS, Block, Gene, Genome, compile_part, random_genome, transformer
+from genome import COMPILED, LEVELS, OPS, Block, Gene, Genome, compile_part, random_genome, transformer
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
 REFERENCE = transformer(6, 256, 2)
+TRANSFORMERS = {f"transformer-{n}x{dim}": transformer(n, dim) for n, dim in ((3, 256), (4, 256), (7, 256), (3, 320))}
 DEVICE = torch.device("cuda:0")
 
 
@@ -171,7 +176,7 @@ def tokens_per_second(step, tokens_a_step, seconds=2.0):
 
 
 def task_for(genome: Genome, seed: int = 0, id: str = "bench") -> evolve.Task:
-    return evolve.Task("bench", id, genome, seed)
+    return evolve.Task("bench", id, genome, seed, seed)
 
 
 def speed(data, settings):
@@ -318,7 +323,7 @@ def unigram_entropy(data) -> float:
 
 def designs(data, settings):
     print(f"val_bpb after {settings.time_budget:g} s")
-    named = {**BASELINES, **NAMED_DESIGNS}
+    named = {**TRANSFORMERS, **LEVELS, **NAMED_DESIGNS}
     list(evaluated([task_for(g, id=name) for name, g in named.items()], settings, data))
 
 
@@ -357,8 +362,13 @@ def scores_of(named: dict[str, Genome], settings, data, seeds: int) -> dict[str,
     return scores
 
 
-def parts(data, settings, seeds, path="best_genome.json"):
-    genome = evolve.read_genome(Path(path))
+def the_winner() -> Genome:
+    """The genome of best_genome.json."""
+    return next(iter(evolve.read_designs(Path("best_genome.json"), 1.0, 0).values()))
+
+
+def parts(data, settings, seeds):
+    genome = the_winner()
     print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
     scores = scores_of({"whole": genome, **without_a_part(genome)}, settings, data, seeds)
     for name, mine in scores.items():
@@ -366,16 +376,99 @@ def parts(data, settings, seeds, path="best_genome.json"):
         print(f"  {name:<60} {evolve.estimate(mine)}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
 
 
+def spearman(a, b) -> float:
+    """Rank correlation; nothing here is tied but by accident."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (list(a), list(b))]
+    return statistics.correlation(*ranks)
+
+
+def with_interval(a, b, samples=2000) -> str:
+    """The rank correlation with its 95 % interval, from resampled pairs (Efron 1979)."""
+    rng, pairs, drawn = random.Random(0), list(zip(a, b, strict=True)), []
+    while len(drawn) < samples:
+        some = rng.choices(pairs, k=len(pairs))
+        if len(set(some)) > 2:
+            drawn.append(spearman(*zip(*some, strict=True)))
+    drawn.sort()
+    return f"{spearman(a, b):5.2f} ({drawn[samples // 40]:.2f} to {drawn[-samples // 40]:.2f})"
+
+
+def children_of(parent: Genome, small) -> dict[str, Genome]:
+    """Children of a genome by name, which begins with their kind."""
+    cuts = genomes.clean_cuts(parent)
+    blocks = [(a, b) for a, b in itertools.pairwise(cuts) if any(g.op != "norm" for g in parent.genes[a:b])]
+    sized = [i for i, gene in enumerate(parent.genes) if gene.dim]
+    made = {f"rate {lr}": dataclasses.replace(parent, lr_factor=lr) for lr in (0.5, 0.7, 1.4, 2.0)}
+    made |= {f"deeper, block at {a} twice": genomes.spliced(parent, b, b, parent.genes[a:b]) for a, b in blocks}
+    made["deeper, grown"] = dataclasses.replace(genomes.grown(parent, 1), tied=True)
+    made |= {f"repeat of gene {i}": genomes.with_gene(parent, i, parent.genes[i].change(repeat=2)) for i in sized[:3]}
+    made |= {f"fast, no block at {a}": genomes.spliced(parent, a, b, []) for a, b in blocks if b < len(parent.genes)}
+    made |= {f"{'fast' if f < 1 else 'large'}, width x{f}": genomes.scaled(parent, f) for f in (0.5, 0.75, 1.25, 1.5)}
+    rng = random.Random(0)
+    made |= {f"mutant {n}": genomes.mutate(parent, rng, 0.3).genome for n in range(4)}
+    by_key = {genome.key: name for name, genome in made.items() if small(genome) and genome.key != parent.key}
+    return {name: made[name] for name in by_key.values()}
+
+
+def hurdle(data, settings, share=evolve.HURDLE):
+    children = children_of(the_winner(), lambda g: evolve.is_small(g, settings, data.vocab_size))
+    print(f"{len(children)} children of best_genome.json, {settings.time_budget:g} s each, run to the end")
+    results = []
+    for r in evaluated([task_for(g, id=name) for name, g in children.items()], settings, data):
+        print(f"  curve {r.losses}", flush=True)
+        results += [r] if r.status == "ok" else []
+    scores = [r.val_bpb for r in results]
+    print("rank correlation of a tenth of the loss curve with the final score, 95 % interval")
+    for tenth in range(evolve.CURVE):
+        print(f"  {tenth + 1:2d}  {with_interval([r.curve[tenth] for r in results], scores)}")
+    at_half, at_end = ([sorted(v).index(x) + 1 for x in v] for v in ([r.halfway_loss for r in results], scores))
+    limit = math.ceil(share * len(results))
+    print(f"child, its rank of {len(results)} half-way and at the end; stopped beyond {limit}")
+    for r, half, end in sorted(zip(results, at_half, at_end, strict=True), key=lambda x: x[2]):
+        print(f"  {r.id:<30} {half:3d} {end:3d}  {r.val_bpb:.4f}  {'stopped' if half > limit else ''}", flush=True)
+
+
+def unlike() -> dict[str, Genome]:
+    """A dozen genomes that differ in kind, size and speed."""
+    winner = the_winner()
+    return {
+        **{f"transformer-{n}x{dim}": transformer(n, dim) for n, dim in ((2, 256), (4, 256), (7, 256), (3, 320))},
+        "transformer-9x256-tied": transformer(9, 256, tied=True),
+        "transformer-10x192": transformer(10, 192),
+        "winner": winner,
+        "winner, grown": dataclasses.replace(genomes.grown(winner, 1), tied=True),
+        "winner, width x0.75": genomes.scaled(winner, 0.75),
+        "parallel": NAMED_DESIGNS["parallel"],
+        "retnet": NAMED_DESIGNS["retnet"],
+        "gpt2": NAMED_DESIGNS["gpt2"],
+    }
+
+
+def fidelity(data, settings, budgets=(0.25, 0.5, 1.0, 2.0)):
+    named = unlike()
+    print(f"{len(named)} genomes at {', '.join(f'{settings.time_budget * b:g}' for b in budgets)} s")
+    tasks = [dataclasses.replace(task_for(g, id=name), budget=b) for b in budgets for name, g in named.items()]
+    done = {(r.id, r.budget): r for r in evaluated(tasks, settings, data) if r.status == "ok"}
+    names = [name for name in named if all((name, b) in done for b in budgets)]
+    for name in sorted(names, key=lambda name: done[name, budgets[-1]].val_bpb):
+        print(f"  {name:<24}" + "".join(f"{done[name, b].val_bpb:9.4f}" for b in budgets))
+    scores = {b: [done[name, b].val_bpb for name in names] for b in budgets}
+    print(f"rank correlation between budgets, {len(names)} genomes; last, of the half-way loss with the score")
+    for a in budgets:
+        half = [done[name, a].halfway_loss for name in names]
+        print(f"  {a:5g}" + "".join(f"{spearman(scores[a], scores[b]):7.2f}" for b in budgets)
+              + f"     {with_interval(half, scores[a])}", flush=True)  # fmt: skip
+
+
 def variants(data, settings, seeds):
-    transformers = {name: g for name, g in BASELINES.items() if name.startswith("transformer")}
     print(f"near the published winner, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    scores = scores_of({**near_the_winner(), **transformers}, settings, data, seeds)
+    scores = scores_of({**near_the_winner(), **TRANSFORMERS}, settings, data, seeds)
     means = {name: statistics.fmean(mine) for name, mine in scores.items()}
     for name in sorted(means, key=lambda name: (math.isnan(means[name]), means[name])):
         print(f"  {means[name]:.4f}  {name}")
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, bpb, ops, soak, designs, parts, variants)}
+BENCHMARKS = {f.__name__: f for f in (speed, bpb, ops, soak, designs, parts, hurdle, fidelity, variants)}
 SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0, "variants": 5.0}
 SEEDS = {"bpb": 3, "parts": 3, "variants": 1}
 
@@ -383,7 +476,7 @@ SEEDS = {"bpb": 3, "parts": 3, "variants": 1}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
-    parser.add_argument("--seconds", type=float, help="of training in a trial of soak, designs, parts and variants")
+    parser.add_argument("--seconds", type=float, help="of training in a trial (not of speed, bpb and ops)")
     parser.add_argument("--seeds", type=int, help="of each genome in bpb, parts and variants")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()

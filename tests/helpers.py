@@ -8,6 +8,8 @@ import traceback
 
 import numpy as np
 
+from genome import Family, transformer
+
 
 def uniform_bpb(
     tokens: np.ndarray, token_bytes: np.ndarray, vocab_size: int, *, seq_len: int, max_tokens: int | None = None
@@ -38,3 +40,8 @@ def forked(function):
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def family_of_transformers(**traits: tuple) -> dict[str, Family]:
+    """In the place of FAMILIES: transformers of any depth and width, and these traits; the first is 1 x 64."""
+    return {"transformer": Family(transformer, traits)}

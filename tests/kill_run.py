@@ -27,11 +27,14 @@ import torch
 
 import evolve
 import prepare
-from genome import Genome, random_genome, transformer
+from genome import Family, Genome, mlp, random_genome, transformer
 
 OF_TIME = ("tokens_per_s", "seconds", "outside", "finished", "memory_mb", "held_mb")  # columns that may differ
-FLAGS = dict(population_size=4, survivors=2, max_generations=3, finalists=1, final_seeds=2, final_factor=1.0)
-FLAGS |= dict(token_budget=1024, batch_tokens=256, seq_len=64, eval_tokens=1024, max_params=150_000, hurdle=0.0)
+FLAGS = dict(population_size=4, survivors=2, max_generations=2, finalists=1, final_seeds=2, long_factor=2.0)
+FLAGS |= dict(token_budget=1024, batch_tokens=256, seq_len=64, eval_tokens=1024, max_params=200_000, hurdle=1.0)
+FLAGS |= dict(baseline_trials=3, repeats=2, long_seeds=2)
+FAMILIES, LEVELS = {"transformer": Family(transformer, {})}, {"mlp-1x64": mlp(1, 64)}
+LAST = ("final", "target", "grow", "long", "passes")  # stages after the search
 
 
 def narrow_genome(rng: random.Random) -> Genome:
@@ -52,7 +55,7 @@ def start_run(out: Path, data_dir: str) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         evolve.START_METHOD = "fork"
-        evolve.BASELINES, evolve.random_genome = {"transformer-1x64": transformer(1, 64, 1)}, narrow_genome
+        evolve.FAMILIES, evolve.LEVELS, evolve.random_genome = FAMILIES, LEVELS, narrow_genome
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
         code = evolve.main([*flags, "--data-dir", data_dir, "--out", str(out)])
         sys.stdout.flush()
@@ -71,27 +74,34 @@ def wait_for_workers(out: Path, patience: float = 20.0):
     os.close(lock)
 
 
-def stage(out: Path) -> str:
+def stage(out: Path, alone: Path) -> str:
     """What a killed run was about to do, from what lies there."""
     if not (out / "results.tsv").exists():
         return "before the record"
-    lines = (out / "results.tsv").read_text().splitlines()[2:]
+    lines, whole = ((folder / "results.tsv").read_text().splitlines()[2:] for folder in (out, alone))
     if (out / ".progress.png.tmp").exists() or (out / ".best_genome.json.tmp").exists():
         return "writing a file"
     counts = collections.Counter(tuple(line.split("\t")[:2]) for line in lines)
-    if counts["final", ""]:
-        return "the final" if counts["final", ""] < 4 else "the last report"
-    full = [g for g in "012" if counts["search", g] == 4]
-    if full and len(lines) == 1 + 4 * len(full):
+    last = [stage for stage in LAST if counts[stage, ""]]
+    if last:
+        return last[-1] if len(lines) < len(whole) else "the last report"
+    full = [g for g in "01" if counts["search", g] == 4]
+    if full and len(lines) == counts["baseline", ""] + 4 * len(full):
         return "between generations"
-    return "a generation" if lines else "the baselines"
+    return "a generation" if counts["search", "0"] else "the baselines"
 
 
 def content(out: Path) -> list[list[str]]:
-    """The lines of a record, in order, without what depends on time."""
-    lines = (out / "results.tsv").read_text().splitlines()
-    kept = [i for i, name in enumerate(lines[1].split("\t")) if name not in OF_TIME]
-    return [[lines[0]], *([line.split("\t")[i] for i in kept] for line in lines[1:])]
+    """The lines of a record, in order, without what depends on time.
+
+    Those of the baselines are sorted: which of the best is repeated first depends on where a run was killed.
+    """
+    first, *lines = (out / "results.tsv").read_text().splitlines()
+    cells = [line.split("\t") for line in lines]
+    kept = [i for i, name in enumerate(cells[0]) if name not in OF_TIME]
+    names, *rows = ([line[i] for i in kept] for line in cells)
+    baselines = sum(row[0] == "baseline" for row in rows)
+    return [[first], names, *sorted(rows[:baselines]), *rows[baselines:]]
 
 
 def differences(out: Path, alone: Path) -> list[str]:
@@ -129,7 +139,7 @@ def main(out: Path, data_dir: str, kills: int, seed: int):
         code = os.waitpid(pid, 0)[1]
         if code == signal.SIGKILL:
             wait_for_workers(killed)
-            stages[stage(killed)] += 1
+            stages[stage(killed, alone)] += 1
             done += 1
             continue
         elif code:

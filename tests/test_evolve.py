@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from designs import NAMED_DESIGNS
-from helpers import forked, uniform_bpb
+from helpers import family_of_transformers, forked, uniform_bpb
 
 import evolve
 import genome
@@ -50,12 +51,12 @@ TINY = dict(
     seq_len=32,
     eval_tokens=1024,
     max_params=150_000,
-    hurdle=0.0,
-    hurdle_at=0.5,
-    repeats=9,
+    hurdle=1.0,
+    repeats=3,
+    baseline_trials=1,
     finalists=1,
-    final_baselines=1,
     final_seeds=2,
+    long_seeds=0,
     workers=1,
 )
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
@@ -69,7 +70,8 @@ def tiny(**changes):
 
 
 def task(net: Genome = NET, seed: int = 1, id: str = "g0.01", **fields) -> Task:
-    return Task(**{**dict(stage="search", id=id, genome=net, seed=seed, generation=0, operator="random"), **fields})
+    known = dict(stage="search", id=id, genome=net, seed=seed, order=seed, generation=0, operator="random")
+    return Task(**{**known, **fields})
 
 
 def final_task(budget: float = 2.0, **fields) -> Task:
@@ -388,11 +390,26 @@ def test_one_task_has_one_result(data):
     assert evaluate(task(seed=2), data, tiny()).val_bpb != first.val_bpb
 
 
-def test_seed_changes_weights_and_order_and_all_genomes_meet_the_same_batches(data):
-    a, b, c = (evolve.Trial(t, data, tiny(), 8) for t in (task(), task(seed=2), task(transformer(1, 64, 1))))
-    assert not torch.equal(a.model.embed.table, b.model.embed.table)
-    assert not torch.equal(a.batches.order, b.batches.order)
-    assert torch.equal(a.batches.order, c.batches.order)
+def test_seed_changes_weights_order_changes_batches_and_all_genomes_meet_the_same(data):
+    tasks = (task(), task(seed=2, order=1), task(order=2), task(transformer(1, 64, 1)))
+    a, seed, order, net = (evolve.Trial(t, data, tiny(), 8) for t in tasks)
+    assert not torch.equal(a.model.embed.table, seed.model.embed.table)
+    assert torch.equal(a.model.embed.table, order.model.embed.table)
+    assert not torch.equal(a.batches.order, order.batches.order)
+    assert torch.equal(a.batches.order, seed.batches.order) and torch.equal(a.batches.order, net.batches.order)
+    scores = [evaluate(t, data, tiny()).val_bpb for t in tasks[:3]]
+    assert len(set(scores)) == 3
+
+
+def test_a_share_of_the_text_is_its_beginning_and_seen_more_often(data):
+    whole, part = (evolve.Trial(task(text=share), data, tiny(), 8) for share in (1.0, 0.25))
+    assert len(part.batches.order) == (round(len(data.train) * 0.25) - 1) // 32 < len(whole.batches.order) // 3
+    idx, _ = part.batches(torch.tensor(0), len(part.batches.order))
+    assert torch.equal(idx[part.batches.order.argsort()].flatten(), data.train[: idx.numel()].long() & 0xFFFF)
+    results = [evaluate(task(text=share), data, tiny()) for share in (1.0, 0.25)]
+    assert [r.text for r in results] == [1.0, 0.25] and [r.tokens for r in results] == [1024, 1024]
+    for r, trial in zip(results, (whole, part), strict=True):
+        assert r.passes == pytest.approx(1024 / 32 / len(trial.batches.order), abs=1e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -474,18 +491,35 @@ def test_a_step_that_stands_still_is_no_training(data, clock):
 
 
 def test_hurdle(data):
-    s = tiny(token_budget=5120)  # 20 steps, judged after 10 by the loss of the ninth and tenth
+    s = tiny(token_budget=5120)  # 20 steps, judged after 6 by the loss of the last two, and after 10
     free = evaluate(task(), data, s)
     assert (free.status, free.hurdle, free.tokens) == ("ok", "", 5120)
-    stopped = evaluate(task(hurdle=free.curve[4] - 0.01), data, s)
-    assert (stopped.status, stopped.hurdle, stopped.val_bpb) == ("stopped", "stopped", None)
-    assert stopped.tokens == 11 * 256 and stopped.curve[:5] == free.curve[:5]
-    early = evaluate(task(hurdle=free.curve[1] - 0.01), data, tiny(token_budget=5120, hurdle_at=0.2))
-    assert (early.status, early.tokens) == ("stopped", 5 * 256)
-    spared = evaluate(task(hurdle=free.curve[4] - 0.01, spared=True), data, s)
-    assert (spared.status, spared.hurdle, spared.val_bpb) == ("ok", "spared", free.val_bpb)
-    passed = evaluate(task(hurdle=free.curve[4] + 0.01, spared=True), data, s)
+    above, below = ((free.curve[2] + by, free.curve[4] + by) for by in (0.01, -0.01))
+    for hurdle, steps in (((above[0], below[1]), 11), ((below[0], above[1]), 7), (below, 7)):
+        stopped = evaluate(task(hurdle=hurdle), data, s)
+        assert (stopped.status, stopped.hurdle, stopped.val_bpb) == ("stopped", "stopped", None)
+        assert stopped.tokens == steps * 256 and stopped.curve[: steps // 2] == free.curve[: steps // 2]
+        spared = evaluate(task(hurdle=hurdle, spared=True), data, s)
+        assert (spared.status, spared.hurdle, spared.val_bpb) == ("ok", "spared", free.val_bpb)
+    passed = evaluate(task(hurdle=above, spared=True), data, s)
     assert (passed.status, passed.hurdle, passed.val_bpb) == ("ok", "passed", free.val_bpb)
+
+
+def test_outlook():
+    in_seconds, in_tokens = tiny(token_budget=0, time_budget=5.0), tiny(token_budget=1024)
+    assert evolve.outlook(3.5, 2e6, in_tokens) == evolve.outlook(3.5, 1e6, in_tokens) == 3.5
+    difference = evolve.outlook(3.5, 2e6, in_seconds) - evolve.outlook(3.5, 1e6, in_seconds)
+    assert difference == pytest.approx(evolve.SPEED_WORTH * math.log(2)), "the slower one has further to fall"
+
+
+def test_hurdle_in_seconds_knows_the_speed(data, monkeypatch):
+    s, seen = tiny(token_budget=0, time_budget=1.0), []
+    monkeypatch.setattr(evolve, "outlook", lambda loss, tokens_per_s, s: seen.append((loss, tokens_per_s)) or 0.0)
+    monkeypatch.setattr(evolve, "stood_still", lambda paces, budget: False)
+    result = evaluate(task(hurdle=(1.0, 1.0)), data, s)
+    assert result.hurdle == "passed" and [round(loss, 4) for loss, _ in seen] == [result.curve[2], result.curve[4]]
+    for _, tokens_per_s in seen:
+        assert result.tokens_per_s / 3 < tokens_per_s < result.tokens_per_s * 3
 
 
 @contextlib.contextmanager
@@ -715,12 +749,14 @@ def test_clean_networks_pass_after_training(data, name):
 
 
 def toy_result(t: Task, status: str = "ok", **values) -> Result:
-    """A result that depends on the task alone."""
+    """A result that depends on the task alone: better with more of the budget and of the text, worse by hand."""
     rng = random.Random(f"{t.genome.key}/{t.seed}")
     losses = ",".join(f"{3 - 0.1 * i + 0.01 * rng.random():.4f}" for i in range(evolve.CURVE))
-    score = 1 + random.Random(t.genome.key).random() + 0.01 * rng.random()
+    score = 1 + random.Random(t.genome.key).random() + 0.01 * rng.random() - 0.1 * math.log2(t.budget * t.text)
+    score += t.id.startswith("transformer")
     scores = dict(val_bpb=score, test_bpb=score + 0.02 if t.test else None) if status == "ok" else {}
-    values = dict(params=1000, tokens=1024, tokens_per_s=rng.randrange(10**6), losses=losses, **scores) | values
+    values = dict(passes=2 * t.budget / t.text, losses=losses, **scores) | values
+    values = dict(params=1000, tokens=1024, tokens_per_s=rng.randrange(10**6)) | values
     return Result.of(t, status, **{**values, **({} if status == "ok" else dict(val_bpb=None))})
 
 
@@ -1200,6 +1236,14 @@ def fitness(net: Genome, seed: int) -> float:
     return 1 + 0.1 * missing + 0.01 * others + 0.002 * random.Random(f"{net.key}/{seed}").random()
 
 
+def tuned(settings, **values) -> list[Result]:
+    """All baselines, round by round."""
+    rows = []
+    while tasks := evolve.baseline_tasks(rows, settings, 300):
+        rows += [toy_result(t, **values) for t in tasks]
+    return rows
+
+
 def search(settings, generations: int, score=fitness, status=lambda t: "ok") -> list[Result]:
     rows = []
     for generation in range(generations):
@@ -1209,7 +1253,7 @@ def search(settings, generations: int, score=fitness, status=lambda t: "ok") -> 
     return rows
 
 
-BIG = dict(population_size=12, survivors=3, immigrants=1, max_params=10**9)
+BIG = dict(population_size=12, survivors=3, immigrants=1, repeats=9, max_params=10**9)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -1240,7 +1284,9 @@ def test_breeding(free_params, strategy):
         for r in survivors:  # a new seed for the same genome
             before = [e for e in earlier if e.id == r.id]
             assert before and {e.genome for e in before} == {r.genome} and r.seed not in {e.seed for e in before}
-        assert len({r.seed for r in mine}) == 1  # all meet the same batches
+            assert r.order == len(before)  # and other batches, the same as all genomes meet with as many evaluations
+        assert len({r.seed for r in mine}) == 1
+        assert {r.order for r in newcomers} == {0}  # all meet the same batches, those of other generations too
         assert not {r.key for r in newcomers} & {r.key for r in earlier}
         assert len({r.key for r in newcomers}) == 9
         assert all(Genome.from_json(r.genome).mixes_tokens for r in newcomers)
@@ -1260,7 +1306,7 @@ def test_breeding(free_params, strategy):
 
 
 def test_a_survivor_is_evaluated_so_often_and_no_more(free_params):
-    s = tiny(**BIG, repeats=2)
+    s = tiny(**BIG | dict(repeats=2))
     rows = search(s, 8)
     evaluations = collections.Counter(r.id for r in rows)
     assert set(evaluations.values()) == {1, 2}
@@ -1348,31 +1394,63 @@ def test_a_generation_of_failures_begins_anew(free_params):
 
 
 def test_baselines_are_never_parents(free_params):
-    s = tiny(**BIG)
-    baselines = [toy_result(t, val_bpb=0.1) for t in evolve.baseline_tasks([], s, 300)]
-    assert len(baselines) == len(genome.BASELINES) and {r.generation for r in baselines} == {None}
+    s = tiny(**BIG | dict(baseline_trials=8, repeats=3))
+    baselines = tuned(s, val_bpb=0.1)
+    assert len({r.id for r in baselines}) == 8 + len(genome.LEVELS) and {r.generation for r in baselines} == {None}
     rows = search(s, 2)
-    assert {r.seed for r in baselines} == {r.seed for r in rows if r.generation == 0}  # they meet the same batches
     assert evolve.breed(baselines + rows, 2, s, 300) == evolve.breed(rows, 2, s, 300)
     assert evolve.noise_floor(baselines + rows) == evolve.noise_floor(rows)
-    final = evolve.final_tasks(baselines + rows, s, 300)
+    final = evolve.STAGES["final"](baselines + rows, s, 300)
     rival = min((r.id for r in baselines if "transformer" in r.id), key=evolve.in_order)
     assert [t.id for t in final] == [evolve.searched(rows)[0].id, rival] * 2
-    small = evolve.baseline_tasks([], tiny(max_params=100_000), 300)
-    assert [t.id for t in small] == ["transformer-2x128-lr1.4"], "those that are too large are left out"
+    line = {  # a block has 4 x 1,000 parameters here; those that are too large are left out
+        100_000: ["transformer-1x64", "transformer-2x128", "transformer-5x128"],
+        40_000: ["transformer-1x64-tied", "transformer-5x64-tied"],
+        20_000: [],
+    }
+    for most, names in line.items():
+        small = evolve.baseline_tasks([], tiny(max_params=most, baseline_trials=8), 300)
+        assert [t.id for t in small] == names and all(t.genome.num_params(300) <= most for t in small)
 
 
-def test_hurdle_is_what_the_survivors_had(free_params):
+def test_baselines_and_genomes_meet_the_same_batches(free_params):
+    """In their first evaluations, whenever these are, and in the k-th repeat, which has batches of its own."""
+    s = tiny(**BIG | dict(baseline_trials=8, repeats=3, seed=7))
+    baselines, rows = tuned(s), search(s, 8)
+    base, orders = 7 * evolve.SEEDS, {}
+    for group in (baselines, rows):
+        by_id = collections.defaultdict(list)
+        for r in group:
+            by_id[r.id].append(r)
+        for own in by_id.values():
+            assert [r.order for r in own] == [base + k for k in range(len(own))]
+            assert len({r.seed for r in own}) == len(own)
+        orders[len(orders)] = {r.order for r in group}
+    assert orders[0] == orders[1] == {base, base + 1, base + 2}
+    repeated = {r.id for r in baselines if r.order == base + 2}
+    best = [c.id for c in evolve.candidates(baselines) if c.id.startswith("transformer")][:3]
+    assert repeated >= set(best), "the best of a family are evaluated as often as survivors"
+    assert {r.order for r in baselines if r.id in genome.LEVELS} == {base}
+
+
+def test_hurdle_is_what_the_best_of_all_newcomers_had(free_params):
     s = tiny(**BIG, hurdle=0.25)
     rows = search(s, 3)
-    survivors = evolve.searched([r for r in rows if r.generation < 2])[:3]
-    curves = {c.id: [r.curve[4] for r in rows if r.id == c.id and r.generation < 2] for c in survivors}
-    worst = max(statistics.fmean(curve) for curve in curves.values())
+    newcomers = [r for r in rows if r.generation < 2 and r.operator != "repeat"]
     tasks = evolve.breed(rows, 2, s, 300)
-    assert [t.hurdle for t in tasks[:3]] == [None] * 3
-    assert all(t.hurdle == pytest.approx(worst + 0.25) for t in tasks[3:])
-    assert {t.hurdle for t in evolve.breed([], 0, s, 300)} == {None}
-    assert {t.hurdle for t in evolve.breed(rows, 2, tiny(**BIG, hurdle=0.0), 300)} == {None}
+    assert [t.hurdle for t in tasks[:3]] == [()] * 3 and len(newcomers) == 12 + 9
+    assert tasks[-1].operator == "random" and tasks[-1].hurdle == ()  # an immigrant
+    (hurdle,) = {t.hurdle for t in tasks[3:-1]}
+    for (tenth, _), limit, best in zip(evolve.RUNGS, hurdle, (11, 6), strict=True):  # of 21 a half and a quarter
+        losses = [r.curve[tenth - 1] for r in newcomers]
+        assert limit in losses and sum(loss <= limit for loss in losses) == best
+    stopped = [dataclasses.replace(r, status="stopped", val_bpb=None) for r in newcomers]
+    assert evolve.hurdle_after(stopped, s) == hurdle, "who was stopped counts"
+    assert {t.hurdle for t in evolve.breed([], 0, s, 300)} == {()}
+    assert {t.hurdle for t in evolve.breed(rows, 2, tiny(**BIG, hurdle=1.0), 300)} == {()}
+    assert {t.hurdle for t in evolve.breed(rows, 2, tiny(**BIG, hurdle=0.25, strategy="drift"), 300)} == {()}
+    strangers = evolve.breed(rows, 2, tiny(**BIG, hurdle=0.25, strategy="random"), 300)[3:]
+    assert {t.hurdle for t in strangers} == {hurdle}, "in a random search nobody is an immigrant"
     spared = [t.spared for g in range(30) for t in evolve.breed(rows, 3 + g, tiny(**BIG, hurdle_sample=0.5), 300)]
     assert 0.25 < sum(spared) / len(spared) < 0.5  # survivors, a quarter, meet no hurdle
     assert not any(t.spared for t in evolve.breed(rows, 2, tiny(**BIG, hurdle_sample=0.0), 300))
@@ -1382,13 +1460,16 @@ def test_what_the_hurdle_saved():
     def row(generation, id, hurdle, val_bpb, operator="change_op"):
         status = "stopped" if hurdle == "stopped" else "ok"
         made = task(id=id, generation=generation, operator=operator)
-        return toy_result(made, status=status, val_bpb=val_bpb, hurdle=hurdle)
+        seen = 4 if id == "g1.01" else 6 if hurdle == "stopped" else 10  # tenths that it trained in
+        losses = ",".join(["3.0000"] * seen + ["nan"] * (10 - seen))
+        return toy_result(made, status=status, val_bpb=val_bpb, hurdle=hurdle, losses=losses)
 
     rows = [row(0, "g0.01", "", 2.0), row(0, "g0.02", "", 3.0)]
     rows += [row(1, "g0.01", "", 2.0, "repeat"), row(1, "g1.01", "stopped", None), row(1, "g1.02", "spared", 2.5)]
     rows += [row(2, "g2.01", "spared", 2.8), row(2, "g2.02", "passed", 1.0), row(2, "g2.03", "stopped", None)]
-    text = evolve.hurdle_text(rows, tiny(survivors=2, hurdle_at=0.2)).strip()
-    assert text.startswith("hurdle: 2 of 7 newcomers stopped, 20% of all training saved; 2 that missed it ran on, 1 of")
+    rows += [row(2, "g1.02", "", 2.5, "repeat"), row(2, "g0.01", "", 2.0, "repeat")]
+    text = evolve.hurdle_text(rows, tiny(survivors=2)).strip()
+    assert text.startswith("hurdle: 2 of 7 newcomers stopped, 12% of all training saved; 2 that missed it ran on, 1 of")
 
 
 def test_noise_floor():
@@ -1402,7 +1483,7 @@ def test_noise_floor():
 
 def test_failed_repeats_count_and_a_second_failure_ends_it(free_params):
     """A survivor that fails in every repeat is not tried for ever, and does not breed for ever."""
-    s = tiny(**BIG, repeats=3)
+    s = tiny(**BIG | dict(repeats=3))
     best = toy_result(task(transformer(1, 64, 1), id="g0.01"), val_bpb=0.5)
     nets = itertools.islice(narrow_genomes(3), 3)
     others = [toy_result(task(net, id=f"g0.{i:02d}"), val_bpb=1.0 + i) for i, net in enumerate(nets, start=2)]
@@ -1417,7 +1498,7 @@ def test_failed_repeats_count_and_a_second_failure_ends_it(free_params):
         assert ("g0.01" in repeats) == (found is not None and found.tried < 3)
         return found
 
-    assert tried() == evolve.Candidate("g0.01", (0.5,), 1, tuple(best.curve), 0, transformer(1, 64, 1))
+    assert tried() == evolve.Candidate("g0.01", (0.5,), 1, 0, transformer(1, 64, 1))
     for status in ("oom", "timeout", "crash", "stalled"):
         assert (tried(status).tried, tried(status).scores) == (2, (0.5,))
         assert tried(status, "ok").tried == 3
@@ -1437,46 +1518,52 @@ def test_ties_break_by_number(free_params):
 # The plan: what comes next, from the rows alone
 
 
-def planned(rows: list[Result], settings, most: int = 10**6, result=toy_result) -> list[Result]:
-    """Go on from the rows to the end of the run, or for so many evaluations."""
+ALL_STAGES = dict(max_params=10**9, baseline_trials=7, long_seeds=2, long_factor=2.0)
+
+
+def rounds(rows: list[Result], settings, result=toy_result) -> Iterator[list[Result]]:
+    """Go on from the rows to the end of the run, round by round."""
     rows = list(rows)
     while tasks := evolve.next_tasks(rows, settings, 300):
-        for t in tasks:
-            if not most:
-                return rows
-            rows.append(result(t))
-            most -= 1
-    return rows
+        yield (found := [result(t) for t in tasks])
+        rows += found
+
+
+def planned(rows: list[Result], settings, most: int = 10**6) -> list[Result]:
+    """Go on from the rows to the end of the run, or for so many evaluations."""
+    more = itertools.chain.from_iterable(rounds(rows, settings))
+    return [*rows, *itertools.islice(more, most)]
 
 
 def as_evaluations(rows: list[Result]) -> list[tuple]:
-    return [(r.stage, r.generation, r.id, r.seed, r.operator, r.parents, r.budget, r.genome, r.val_bpb) for r in rows]
+    """All of them but what depends on the clock."""
+    return [dataclasses.astuple(dataclasses.replace(r, finished="")) for r in rows]
 
 
 @pytest.mark.parametrize("strategy", ["evolution", "random", "drift"])
 def test_a_plan_goes_on_from_anywhere(free_params, strategy):
     """Whatever part of a stage or generation is done, in whatever order, the run ends with the same evaluations."""
-    s, rng = tiny(strategy=strategy, max_params=10**9), random.Random(0)
-    whole = planned([], s)
-    assert evolve.next_tasks(whole, s, 300) == []
-    stages = [(stage, len(list(group))) for stage, group in itertools.groupby(whole, lambda r: (r.stage, r.generation))]
-    n = len(genome.BASELINES)
-    assert stages == [(("baseline", None), n), *((("search", g), 4) for g in range(3)), (("final", None), 4)]
-    for done in range(len(whole)):
-        part, lost = [], len(whole) - done
-        for _, group in itertools.groupby(whole, lambda r: (r.stage, r.generation)):
-            group = list(group)
-            rng.shuffle(group)  # several workers finish in any order
-            part += group
-        part = part[:done]
+    s, rng = tiny(strategy=strategy, **ALL_STAGES), random.Random(0)
+    whole = list(rounds([], s))
+    rows = list(itertools.chain(*whole))
+    assert evolve.next_tasks(rows, s, 300) == []
+    stages = [stage for stage, _ in itertools.groupby(r.stage for r in rows)]
+    assert stages == list(evolve.STAGES)
+    sizes = collections.Counter((r.stage, r.generation) for r in rows)
+    assert sizes["baseline", None] > 7 + len(genome.LEVELS) and sizes["final", None] == 4 and sizes["target", None] == 8
+    assert [sizes["search", g] for g in range(4)] == [4, 4, 4, 0]
+    assert sizes["grow", None] >= 5 and sizes["long", None] == 6 and sizes["passes", None] == 4
+    for done in range(len(rows)):
+        shuffled = [rng.sample(found, len(found)) for found in whole]  # several workers finish in any order
+        part = list(itertools.chain(*shuffled))[:done]
         again = planned(part, s)
-        assert sorted(as_evaluations(again), key=str) == sorted(as_evaluations(whole), key=str)
-        assert len(again) - done == lost, "nothing is evaluated twice"
+        assert sorted(as_evaluations(again), key=str) == sorted(as_evaluations(rows), key=str)
+        assert len(again) == len(rows), "nothing is evaluated twice"
 
 
 def test_the_plan_is_a_pure_function(free_params):
     s = tiny(max_params=10**9)
-    rows = planned([], s, 20)
+    rows = planned([], s, 13)
     before = list(rows)
     random.seed(1)
     first = evolve.next_tasks(rows, s, 300)
@@ -1492,50 +1579,63 @@ def test_more_generations_are_asked_for_when_there_shall_be_more(free_params):
     assert {(t.stage, t.generation) for t in asked} == {("search", 3)} and len(asked) == 4
     extended = planned(rows, more)
     assert extended[: len(rows)] == rows and evolve.next_tasks(extended, more, 300) == []
-    alone = [r for r in planned([], more) if r.stage != "final"]
-    assert as_evaluations([r for r in extended if r.stage != "final"]) == as_evaluations(alone)
-    finalists = {t.id for t in evolve.final_evaluations(extended, more)}
+    until_final = [[r for r in found if r.stage in ("baseline", "search")] for found in (extended, planned([], more))]
+    assert as_evaluations(until_final[0]) == as_evaluations(until_final[1])
+    finalists = {t.id for t in evolve.final_evaluations(extended, more, 300)}
     assert {r.id for r in extended if r.stage == "final"} >= finalists
     assert evolve.next_tasks(rows, tiny(max_params=10**9, max_generations=0), 300) == []
-    none = planned([], tiny(max_params=10**9, max_generations=0))  # baselines, and a final of them
-    assert {r.stage for r in none} == {"baseline", "final"}
+    none = planned([], tiny(max_params=10**9, max_generations=0))
+    assert {r.stage for r in none} == {"baseline"}, "without a finalist there is no final"
 
 
-def test_test_is_read_by_the_final_alone(free_params):
-    rows, s = [], tiny(max_params=10**9)
+def test_test_is_read_by_the_final_and_what_follows_alone(free_params):
+    rows, s = [], tiny(**ALL_STAGES)
+    budgets = dict(target=set(evolve.TARGET_AT), grow={2.0}, long={2.0})
     while tasks := evolve.next_tasks(rows, s, 300):
-        assert {(t.test, t.budget) for t in tasks} == ({(True, 2.0)} if tasks[0].stage == "final" else {(False, 1.0)})
-        assert {t.hurdle for t in tasks if t.stage != "search"} <= {None}
+        (stage,) = {t.stage for t in tasks}
+        assert {t.budget for t in tasks} == budgets.get(stage, {1.0})
+        assert {t.text for t in tasks} == ({0.5} if stage == "passes" else {1.0})
+        assert {t.test for t in tasks} == {stage in ("final", "target", "long", "passes")}
+        assert {t.hurdle for t in tasks if t.stage != "search"} <= {()}
         rows += map(toy_result, tasks)
-    assert all((r.test_bpb is None) == (r.stage != "final") for r in rows)
-    final, before = ([r for r in rows if (r.stage == "final") == is_final] for is_final in (True, False))
-    assert not {r.seed for r in final} & {r.seed for r in before}
+    assert all((r.test_bpb is not None) == (r.stage in ("final", "target", "long", "passes")) for r in rows)
+    chosen_by = {"final": ("baseline", "search"), "long": ("baseline", "search", "final", "grow")}
+    for stage, before in chosen_by.items():  # who is chosen is not scored with the seeds that chose it
+        for what in ("seed", "order"):
+            own = {getattr(r, what) for r in rows if r.stage == stage}
+            assert own and not own & {getattr(r, what) for r in rows if r.stage in before}
 
 
 def test_seeds_of_runs_are_apart(free_params):
-    """Two values of SEED share no evaluation seed, and the final shares none with a long search."""
+    """Two values of SEED share no evaluation seed, and the finals share none with a long search."""
     seeds = []
     for seed in range(3):
-        rows = planned([], tiny(max_params=10**9, seed=seed))
-        seeds.append({r.seed for r in rows})
-        assert min(r.seed for r in rows if r.stage == "final") - min(seeds[-1]) == evolve.SEEDS // 2
+        rows = planned([], tiny(**ALL_STAGES, seed=seed))
+        seeds.append({s for r in rows for s in (r.seed, r.order)})
+        first = {stage: min(r.seed for r in rows if r.stage == stage) - min(seeds[-1]) for stage in evolve.STAGES}
+        assert first["final"] == evolve.SEEDS // 2 and first["long"] == first["grow"] + 1 > evolve.SEEDS * 3 // 4
+        assert max(seeds[-1]) - min(seeds[-1]) < evolve.SEEDS
     assert not (seeds[0] & seeds[1] or seeds[1] & seeds[2] or seeds[0] & seeds[2])
 
 
 @pytest.mark.parametrize("status", [status for status in evolve.STATUSES if status != "ok"])
 def test_what_failed_in_the_final_is_asked_for_once_more(free_params, status):
-    s = tiny(max_params=10**9)
+    s = tiny(**ALL_STAGES)
     whole = planned([], s)
-    before, final = ([r for r in whole if (r.stage == "final") == is_final] for is_final in (False, True))
-    failed = dataclasses.replace(final[1], status=status, val_bpb=None, test_bpb=None)
-    rows = [*before, final[0], failed, *final[2:]]
-    (task,) = evolve.next_tasks(rows, s, 300)
-    assert (task.stage, task.id, task.seed) == failed.evaluation
-    assert evolve.next_tasks([*rows, failed], s, 300) == [], "there is no third attempt"
-    assert evolve.next_tasks([*rows, final[1]], s, 300) == []
-    searched = next(r for r in before if r.stage == "search")
+    for stage in ("final", "target", "grow", "long", "passes"):
+        start = next(n for n, r in enumerate(whole) if r.stage == stage)
+        before, own = whole[:start], [r for r in whole if r.stage == stage]
+        failed = dataclasses.replace(own[1], status=status, val_bpb=None, test_bpb=None)
+        rows = [*before, own[0], failed, *own[2:]]
+        (task,) = evolve.next_tasks(rows, s, 300)
+        assert (task.stage, task.evaluation, task.order) == (stage, failed.evaluation, failed.order)
+        for again in (failed, own[1]):
+            more = evolve.next_tasks([*rows, again], s, 300)
+            assert failed.evaluation not in {t.evaluation for t in more}, "there is no third attempt"
+    searched = next(r for r in whole if r.stage == "search")
+    before = [r for r in whole if r.stage in ("baseline", "search")]
     rows = [dataclasses.replace(r, status=status, val_bpb=None) if r is searched else r for r in before]
-    assert searched.evaluation not in {(t.stage, t.id, t.seed) for t in evolve.next_tasks(rows, s, 300)}
+    assert searched.evaluation not in {t.evaluation for t in evolve.next_tasks(rows, s, 300)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1827,7 +1927,7 @@ def test_records_of_earlier_versions_are_read(name):
     assert {r.budget for r in rows if r.stage == "final"} == {2.0}
     assert {r.budget for r in rows if r.stage != "final"} == {1.0}
     assert {r.operator for r in rows if r.stage != "search"} == {""} and "again" not in {r.operator for r in rows}
-    assert {r.captured for r in rows} == {r.rows for r in rows} == {None}
+    assert {r.captured for r in rows} == {r.rows for r in rows} == {r.order for r in rows} == {None}
     assert any(r.operator == "repeat" for r in rows) and all(r.tokens_per_s > 1000 for r in rows)
     assert all(1.4 < r.val_bpb < 6 for r in rows if r.status == "ok") and evolve.searched(rows)[0].mean < 1.53
 
@@ -1841,7 +1941,9 @@ def test_the_controls_of_the_repository_are_found(capsys):
         ("seed", 1): 269,
         ("seed", 2): 109,
     }
-    assert capsys.readouterr().out == "" and evolve.picture(rows, "the published run", found)
+    s = evolve.Settings()
+    o = evolve.outcome(rows, s, 8192)
+    assert capsys.readouterr().out == "" and evolve.picture(rows, "the published run", found, o, s)
 
 
 def test_a_record_with_other_columns_is_read(tmp_path, written):
@@ -1857,6 +1959,19 @@ def test_a_record_with_other_columns_is_read(tmp_path, written):
     assert {row.outside for row in rows} == {None} and [r.val_bpb for r in rows][-1] == 1.234568
 
 
+def test_a_record_of_the_version_before_is_read(written, capsys):
+    """Without the seed of the order, the share of the text and the passes over it, and with settings that are gone."""
+    _, columns, *lines = written.removesuffix(b"\n").split(b"\n")
+    kept = [i for i, name in enumerate(evolve.COLUMNS) if name not in ("order", "text", "passes")]
+    assert len(kept) == len(evolve.COLUMNS) - 3
+    older = [b"\t".join(line.split(b"\t")[i] for i in kept) for line in (columns, *lines)]
+    header = {"seed": 0, "strategy": "evolution", "hurdle_at": 0.7, "final_factor": 2.0}
+    read, names, rows = evolve.read_results(b"\n".join([f"# {json.dumps(header)}".encode(), *older]) + b"\n")
+    expected = [dataclasses.replace(r, order=None, text=1.0, passes=None) for r in evolve.read_results(written)[2]]
+    assert (read, names, rows) == (header, [list(evolve.COLUMNS)[i] for i in kept], expected)
+    assert evolve.searched(rows) and evolve.outcome(rows, tiny(), 300).final == []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs, of toys
 
@@ -1864,9 +1979,10 @@ def test_a_record_with_other_columns_is_read(tmp_path, written):
 @pytest.fixture
 def play(toys, free_params, data_dir, tmp_path, monkeypatch, capsys):
     """Run the command with flags; returns the exit code and what it printed."""
-    monkeypatch.setattr(evolve, "picture", lambda rows, title, controls: f"{len(rows)} rows".encode())
+    monkeypatch.setattr(evolve, "picture", lambda rows, *_: f"{len(rows)} rows".encode())
     monkeypatch.setattr(evolve, "check_ops", lambda: None)  # it has tests of its own
-    monkeypatch.setattr(evolve, "BASELINES", {"transformer-1x64": transformer(1, 64, 1), "mlp-1x64": genome.mlp(1, 64)})
+    monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
+    monkeypatch.setattr(evolve, "LEVELS", {"mlp-1x64": genome.mlp(1, 64)})
 
     def play(*flags: str, out: Path = tmp_path / "out") -> tuple[int, str]:
         capsys.readouterr()
@@ -1875,6 +1991,11 @@ def play(toys, free_params, data_dir, tmp_path, monkeypatch, capsys):
         return code, output.out + output.err
 
     return play
+
+
+WHOLE = 28  # evaluations of a run that is played
+THE_FINAL = "The final: 1,024 tokens, 2 fresh seeds each"
+LONG_STEP = ("--long-seeds=2", "--long-factor=2")  # the second step of the final
 
 
 def rows_of(out: Path) -> list[Result]:
@@ -1893,19 +2014,30 @@ def test_a_run_and_what_comes_after_it(play, tmp_path):
     code, output = play()
     first, rows = files_of(out), rows_of(out)
     assert code == 0 and set(first) == {"results.tsv", "best_genome.json", "progress.png"}
-    assert collections.Counter(r.generation for r in rows) == {None: 2 + 4, 0: 4, 1: 4, 2: 4}
-    assert collections.Counter(r.stage for r in rows) == {"baseline": 2, "search": 12, "final": 4}
-    assert output.count("generation 0:") == output.count("generation 2:") == 1 and "The final: 2 fresh seeds" in output
-    assert first["progress.png"] == b"18 rows"
+    assert collections.Counter(r.generation for r in rows) == {None: 4 + 4 + 8, 0: 4, 1: 4, 2: 4}
+    assert collections.Counter(r.stage for r in rows) == {"baseline": 4, "search": 12, "final": 4, "target": 8}
+    assert output.count("generation 0:") == output.count("generation 2:") == 1 and THE_FINAL in output
+    assert first["progress.png"] == b"28 rows" and len(rows) == WHOLE
     # raising MAX_GENERATIONS goes on
     code, output = play("--max-generations=5")
-    assert code == 0 and f"Going on with the run in {out}/results.tsv: 18 evaluations" in output
+    assert code == 0 and f"Going on with the run in {out}/results.tsv: {WHOLE} evaluations" in output
     assert "generation 2:" not in output and output.count("generation 3:") == 1
     extended, settings = rows_of(out), tiny(max_generations=5, max_params=10**7)
-    in_final = {(t.stage, t.id, t.seed) for t in evolve.final_evaluations(extended, settings)}
-    assert extended[:18] == rows and {r.generation for r in extended[18:26]} == {3, 4}
-    assert {r.evaluation for r in extended[26:]} == in_final - {r.evaluation for r in rows}
-    assert len(in_final) == 4 and "The final: 2 fresh seeds" in output
+    in_final, in_target = (
+        {t.evaluation for t in tasks(extended, settings, 300)}
+        for tasks in (evolve.final_evaluations, evolve.target_evaluations)
+    )
+    assert extended[:WHOLE] == rows and {r.generation for r in extended[WHOLE : WHOLE + 8]} == {3, 4}
+    assert {r.evaluation for r in extended[WHOLE + 8 :]} == (in_final | in_target) - {r.evaluation for r in rows}
+    assert len(in_final) == 4 and len(in_target) == 8 and THE_FINAL in output
+    # and so does a second step of the final, where there was none
+    code, output = play("--max-generations=5", *LONG_STEP)
+    both = rows_of(out)
+    assert code == 0 and both[: len(extended)] == extended and "moved" not in output
+    assert {r.stage for r in both[len(extended) :]} == {"grow", "long", "passes"}
+    assert {r.budget for r in both if r.stage in ("grow", "long")} == {2.0}
+    assert "Does the lead last? 2,048 tokens, 2 fresh seeds each" in output
+    assert "Is it that the text is seen more often? 1,024 tokens on 50% of the text, 2 seeds each" in output
 
 
 def test_a_finished_run_is_left_as_it_is(play, tmp_path):
@@ -1915,7 +2047,7 @@ def test_a_finished_run_is_left_as_it_is(play, tmp_path):
     for flags in ((), ("--workers=3",)):
         code, output = play(*flags)
         assert code == 0 and files_of(out) == before
-        assert f"The run in {out}/results.tsv is finished: 18 evaluations. Raise MAX_GENERATIONS above 3" in output
+        assert f"The run in {out}/results.tsv is finished: {WHOLE} evaluations. Raise MAX_GENERATIONS above 3" in output
         assert "--new moves it to runs/ and begins again" in output and "Results in" not in output
     (out / "progress.png").unlink()  # what is lost is made again
     (out / "best_genome.json").unlink()
@@ -1956,7 +2088,7 @@ def test_a_run_of_other_columns_is_moved_away(play, tmp_path):
     changed = "\n".join([lines[0], *(line + ("\tmood" if n == 0 else "\tgood") for n, line in enumerate(lines[1:]))])
     (out / "results.tsv").write_text(changed + "\n")
     code, output = play()
-    assert code == 0 and "(it differs in columns of another version)" in output and len(rows_of(out)) == 18
+    assert code == 0 and "(it differs in columns of another version)" in output and len(rows_of(out)) == WHOLE
 
 
 def test_a_run_of_a_gpu_stays_when_none_is_seen(play, tmp_path):
@@ -1974,8 +2106,9 @@ def test_a_run_of_a_gpu_stays_when_none_is_seen(play, tmp_path):
 
 
 def test_a_run_stopped_anywhere_ends_as_one_that_was_not(play, tmp_path, monkeypatch):
-    assert play(out=tmp_path / "alone")[0] == 0
+    assert play(*LONG_STEP, out=tmp_path / "alone")[0] == 0
     alone, out, rng = rows_of(tmp_path / "alone"), tmp_path / "out", random.Random(0)
+    assert {r.stage for r in alone} == set(evolve.STAGES)
     append, left = Record.append, [0]
 
     def interrupted(record, result):
@@ -1987,7 +2120,7 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(play, tmp_path, monkeyp
     monkeypatch.setattr(Record, "append", interrupted)
     for start in itertools.count():
         left[0] = rng.choice((1, 1, 2, 3))
-        code, output = play()
+        code, output = play(*LONG_STEP)
         assert len(rows_of(out)) > start
         if code == 0:
             break
@@ -2031,7 +2164,7 @@ def test_a_final_that_failed_once_is_a_final(play, tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "out")
     final = collections.Counter((r.id[0], r.status) for r in rows if r.stage == "final")
     assert code == 0 and final == {("g", "crash"): 2, ("g", "ok"): 2, ("t", "ok"): 2} and "failed)" not in output
-    assert "is finished: 20 evaluations" in play()[1]
+    assert f"is finished: {WHOLE + 2} evaluations" in play()[1]
 
 
 def test_crashes_that_are_alike_stop_the_run(play, tmp_path, monkeypatch):
@@ -2040,9 +2173,7 @@ def test_crashes_that_are_alike_stop_the_run(play, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(evolve, "evaluate", lambda t, *args: toy(dataclasses.replace(t, operator="raise"), *args))
-        patch.setattr(
-            evolve, "BASELINES", {name: transformer(1, 64, n) for n, name in enumerate("abcd", start=1) if n != 3}
-        )
+        patch.setattr(evolve, "LEVELS", {name: genome.mlp(n, 64) for n, name in enumerate("ab", start=1)})
         code, output = play()
     assert code == 1 and rows_of(out) == []
     assert re.search(r"Traceback .*in toy\n.*ZeroDivisionError: a planted error\n", output, re.S)
@@ -2059,21 +2190,22 @@ def test_crashes_that_are_alike_stop_a_run_in_its_middle(play, tmp_path, monkeyp
 
     def crashing(first: int, last: int):
         def evaluate(t, *args):
-            order = [(r.stage, r.id, r.seed) for r in alone]
-            n = order.index((t.stage, t.id, t.seed)) if (t.stage, t.id, t.seed) in order else len(order)
+            order = [r.evaluation for r in alone]
+            n = order.index(t.evaluation) if t.evaluation in order else len(order)
             made = toy(dataclasses.replace(t, operator="raise" if first <= n < last else "ok"), *args)
             return dataclasses.replace(made, operator=t.operator)
 
         return evaluate
 
-    monkeypatch.setattr(evolve, "evaluate", crashing(2, 6))  # the whole of generation 0
+    assert [r.stage for r in alone[3:9]] == ["baseline", *["search"] * 5]
+    monkeypatch.setattr(evolve, "evaluate", crashing(4, 8))  # the whole of generation 0
     code, output = play()
-    assert code == 1 and "The last 4 evaluations crashed alike" in output and rows_of(out) == alone[:2]
-    monkeypatch.setattr(evolve, "evaluate", crashing(2, 5))  # all of it but one
+    assert code == 1 and "The last 4 evaluations crashed alike" in output and rows_of(out) == alone[:4]
+    monkeypatch.setattr(evolve, "evaluate", crashing(4, 7))  # all of it but one
     assert play("--max-generations=1")[0] == 0
     rows = rows_of(out)
-    assert [r.status for r in rows[:6]] == ["ok"] * 2 + ["crash"] * 3 + ["ok"]
-    assert [(r.id, r.seed) for r in rows[:6]] == [(r.id, r.seed) for r in alone[:6]]
+    assert [r.status for r in rows[:8]] == ["ok"] * 4 + ["crash"] * 3 + ["ok"]
+    assert [(r.id, r.seed) for r in rows[:8]] == [(r.id, r.seed) for r in alone[:8]]
 
 
 def test_crashes_are_held_back_and_not_lost():
@@ -2103,14 +2235,14 @@ def test_a_final_of_what_there_is_and_then_the_rest(play, tmp_path, monkeypatch)
 
     def interrupted(record, result):
         append(record, result)
-        if len(record.rows) == 8:
+        if len(record.rows) == 10:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Record, "append", interrupted)
     assert play()[0] == 130
     assert json.loads((out / "best_genome.json").read_text())["stage"] == "search"
     code, output = play("--max-generations=1")
-    assert code == 0 and "The final: 2 fresh seeds" in output
+    assert code == 0 and THE_FINAL in output
     assert json.loads((out / "best_genome.json").read_text())["stage"] == "final"
     code, output = play()  # and then the search goes on, to its own final
     assert code == 0 and "Going on" in output and not (out / "runs").exists()
@@ -2146,7 +2278,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(play, tmp_path):
 
     code, output = in_child(limited)
     assert code == 1 and output.endswith("File too large. What results.tsv holds is intact; run again to go on\n")
-    assert 0 < len(rows_of(tmp_path / "out")) < 18
+    assert 0 < len(rows_of(tmp_path / "out")) < WHOLE
     assert play()[0] == 0 and rows_of(tmp_path / "out") == rows_of(tmp_path / "alone")
 
 
@@ -2189,6 +2321,7 @@ def test_a_slow_repeat_has_a_note_in_the_record(toys, free_params, source, tmp_p
         return dataclasses.replace(toy(t, *args), tokens_per_s=900 if t.operator == "repeat" else 1000)
 
     monkeypatch.setattr(evolve, "evaluate", slow)
+    monkeypatch.setattr(evolve, "picture", lambda *_: b"a picture")
     s = tiny(token_budget=0, time_budget=1.0, max_params=10**9)
     with Record(tmp_path) as record:
         record.begin(evolve.describe_run(s, source, "cpu"))
@@ -2223,16 +2356,20 @@ def test_student_t(n):
     assert np.sum((density[1:] + density[:-1]) / 2) * (x[1] - x[0]) == pytest.approx(0.95, abs=3e-4)
 
 
+@pytest.fixture
+def two_families(monkeypatch):
+    monkeypatch.setattr(evolve, "FAMILIES", {name: None for name in ("transformer", "other")})
+
+
 def final_rows(tests: dict[str, list[float | None]], settings) -> list[Result]:
-    """Three genomes of a search, a transformer, and their final with these test scores; None for a failure."""
+    """Three genomes of a search, two kinds of baselines, and their final with these test scores; None for a failure."""
     genomes = {f"g0.{i:02d}": transformer(1, 64, 1, window=w) for i, w in enumerate((0, 64, 256))}
     rows = [toy_result(task(net, id=id), val_bpb=1.0 + 0.1 * i) for i, (id, net) in enumerate(genomes.items())]
     by_hand = task(transformer(1, 64, 1), stage="baseline", id="transformer-1x64", generation=None, operator="", seed=0)
-    rows += [
-        toy_result(by_hand, val_bpb=1.5),
-        toy_result(dataclasses.replace(by_hand, id="transformer-b"), val_bpb=1.6),
-    ]
-    for t in evolve.final_tasks(rows, settings, 300):
+    rows += [toy_result(by_hand, val_bpb=1.5)]
+    for id, value in (("transformer-2x64", 1.7), ("other-1x64", 1.6), ("gru-1x64", 1.1)):
+        rows.append(toy_result(dataclasses.replace(by_hand, id=id), val_bpb=value))
+    for t in evolve.STAGES["final"](rows, settings, 300):
         value = tests[t.id].pop(0)
         if value is None:
             rows += [toy_result(t, "diverged", test_bpb=None)] * 2
@@ -2241,67 +2378,86 @@ def final_rows(tests: dict[str, list[float | None]], settings) -> list[Result]:
     return rows
 
 
+def outcome(rows: list[Result], settings) -> evolve.Outcome:
+    return evolve.outcome(rows, settings, 300)
+
+
 def test_the_final_adds_up():
     s = tiny(finalists=2, final_seeds=3)
     tests = {"g0.00": [1.30, 1.10, 1.20], "g0.01": [1.10, 1.15, 1.05], "transformer-1x64": [1.50, 1.60, 1.40]}
     rows = final_rows(tests, s)
     assert len({r.seed for r in rows if r.stage == "final"}) == 3
     assert not {r.seed for r in rows if r.stage == "final"} & {r.seed for r in rows if r.stage != "final"}
-    assert evolve.final_table(rows[:-1], s) == []  # before all of it is done
-    first, second, rival = evolve.final_table(rows, s)
+    before = outcome(rows[:-1], s)  # all of it is done
+    assert (before.final, before.winner, before.rival) == ([], None, None)
+    o = outcome(rows, s)
+    first, second, rival = o.final
     assert [f.id for f in (first, second, rival)] == ["g0.01", "g0.00", "transformer-1x64"]
+    assert (o.winner, o.rival, o.long, o.passes, o.grown) == (first, rival, [], [], None)
     # by hand: 1.10, with a standard deviation of 0.05, times 4.303 / sqrt(3)
     assert (first.test.mean, first.test.half) == (pytest.approx(1.1), pytest.approx(0.12421, abs=1e-4))
-    assert (first.val.mean, first.search) == (pytest.approx(1.0), 1.1)
+    assert (first.val.mean, first.passes) == (pytest.approx(1.0), 2.0)
     # leads by seed: 0.40, 0.45, 0.35 and 0.20, 0.50, 0.20
-    assert (first.lead.mean, first.lead.half) == (pytest.approx(0.4), pytest.approx(0.12421, abs=1e-4))
-    assert (second.lead.mean, second.lead.half) == (pytest.approx(0.3), pytest.approx(0.43030, abs=1e-4))
-    assert rival.lead is None and {f.failed for f in (first, second, rival)} == {0}
+    lead, other = (f.leads["transformer-1x64"] for f in (first, second))
+    assert (lead.mean, lead.half) == (pytest.approx(0.4), pytest.approx(0.12421, abs=1e-4))
+    assert (other.mean, other.half) == (pytest.approx(0.3), pytest.approx(0.43030, abs=1e-4))
+    assert rival.leads == {} and {f.failed for f in (first, second, rival)} == {0}
+    line = next(line for line in evolve.final_text(o, rows, s).splitlines() if line.startswith("g0.01"))
+    assert " ".join(line.split()) == "g0.01 1.1000 ± 0.1242 1.0000 ± 0.1242 1.1000 2.0 0.4000 ± 0.1242"
 
 
-def test_leads_are_over_the_transformer_that_is_best_in_the_final():
-    s = tiny(finalists=1, final_baselines=2, final_seeds=2)
-    rows = final_rows({"g0.00": [1.2, 1.3], "transformer-1x64": [1.6, 1.6], "transformer-b": [1.4, 1.6]}, s)
-    best, second, third = evolve.final_table(rows, s)
-    assert (best.id, second.id, third.id) == ("g0.00", "transformer-b", "transformer-1x64")
-    assert best.lead.values == (pytest.approx(0.2), pytest.approx(0.3)) and second.lead is third.lead is None
+def test_leads_are_over_the_best_of_each_family_and_the_best_in_the_final_first(two_families):
+    s = tiny(finalists=1, final_seeds=2)
+    rows = final_rows({"g0.00": [1.2, 1.3], "transformer-1x64": [1.6, 1.6], "other-1x64": [1.4, 1.6]}, s)
+    best, second, third = (o := outcome(rows, s)).final
+    assert (best.id, second.id, third.id) == ("g0.00", "other-1x64", "transformer-1x64") and o.rival is second
+    assert list(best.leads) == ["other-1x64", "transformer-1x64"] and second.leads == third.leads == {}
+    assert best.leads["other-1x64"].values == (pytest.approx(0.2), pytest.approx(0.3))
+    assert best.leads["transformer-1x64"].values == (pytest.approx(0.4), pytest.approx(0.3))
+    assert winner(rows, s)["rival"]["id"] == "other-1x64"
 
 
 def winner(rows: list[Result], settings) -> dict:
-    return evolve.best_genome(rows, {"seed": 0}, settings)
+    return evolve.best_genome(rows, {"seed": 0}, settings, outcome(rows, settings))
 
 
 def test_failures_in_the_final():
     s = tiny(finalists=2, final_seeds=3)
     # the better one failed once: it cannot win by that, and its lead counts the pairs that are
     tests = {"g0.00": [1.30, 1.10, 1.20], "g0.01": [None, 1.15, 1.05], "transformer-1x64": [1.50, 1.60, None]}
-    table = evolve.final_table(rows := final_rows(tests, s), s)
-    assert [(f.id, f.failed) for f in table] == [("g0.00", 0), ("transformer-1x64", 1), ("g0.01", 1)] or [
-        (f.id, f.failed) for f in table
-    ] == [("g0.00", 0), ("g0.01", 1), ("transformer-1x64", 1)]
-    by_id = {f.id: f for f in table}
-    assert by_id["g0.01"].test.values == (1.15, 1.05) and by_id["g0.01"].lead.values == (pytest.approx(0.45),)
-    assert by_id["g0.00"].lead.values == (pytest.approx(0.2), pytest.approx(0.5))
+    o = outcome(rows := final_rows(tests, s), s)
+    assert [(f.id, f.failed) for f in o.final] == [("g0.00", 0), ("g0.01", 1), ("transformer-1x64", 1)]
+    leads = {f.id: [lead.values for lead in f.leads.values()] for f in o.final}
+    assert o.final[1].test.values == (1.15, 1.05) and leads["g0.01"] == [(pytest.approx(0.45),)]
+    assert leads["g0.00"] == [(pytest.approx(0.2), pytest.approx(0.5))]
     assert winner(rows, s)["id"] == "g0.00"
-    assert evolve.final_text(table, s).count("(1 failed)") == 2
+    assert evolve.final_text(o, rows, s).count("(1 failed)") == 2
     # the transformer failed: there is a winner without a lead
     tests = {"g0.00": [1.30, 1.10, 1.20], "g0.01": [1.1, 1.15, 1.05], "transformer-1x64": [None] * 3}
-    best = winner(final_rows(tests, s), s)
-    assert (best["id"], best["stage"], best["lead_over_transformer"]) == ("g0.01", "final", None)
+    rows = final_rows(tests, s)
+    best, o = winner(rows, s), outcome(rows, s)
+    assert (best["id"], best["stage"], best["final"]["winner"]["leads"]) == ("g0.01", "final", {})
+    assert best["final"]["baselines"] == [] and o.rival is None and o.target == (None, 0)
+    assert "g0.01" in evolve.end_text(rows, s, 300) and best["rival"]["id"] == "transformer-1x64"
     # everyone failed: the best of the search stands, unconfirmed
-    best = winner(final_rows({name: [None] * 3 for name in tests}, s), s)
-    assert (best["id"], best["stage"]) == ("g0.00", "search")
+    rows = final_rows({name: [None] * 3 for name in tests}, s)
+    best = winner(rows, s)
+    assert (best["id"], best["stage"]) == ("g0.00", "search") and "final" not in best
+    assert "No genome was scored in a final" in evolve.end_text(rows, s, 300)
 
 
 def test_the_transformer_is_no_winner():
     s = tiny(finalists=2, final_seeds=2)
     tests = {"g0.00": [1.3, 1.2], "g0.01": [1.4, 1.5], "transformer-1x64": [1.0, 1.1]}
     best = winner(final_rows(tests, s), s)
-    assert best["id"] == "g0.00" and best["lead_over_transformer"]["mean"] == pytest.approx(-0.2)
+    lead = best["final"]["winner"]["leads"]["transformer-1x64"]
+    assert best["id"] == best["final"]["winner"]["id"] == "g0.00" and lead["mean"] == pytest.approx(-0.2)
+    assert [b["id"] for b in best["final"]["baselines"]] == [best["rival"]["id"]] == ["transformer-1x64"]
+    assert Genome.from_dict(best["rival"]["genome"]) == transformer(1, 64, 1)
 
 
 def test_best_genome_can_be_checked(play, tmp_path):
-    assert play("--max-generations=4", "--finalists=2", "--mutation-rate=0.9")[0] == 0
+    assert play("--max-generations=4", "--finalists=2", "--mutation-rate=0.9", *LONG_STEP)[0] == 0
     best = json.loads((tmp_path / "out" / "best_genome.json").read_text())
     with Record(tmp_path / "out") as record:
         rows, run = record.rows, record.header
@@ -2309,8 +2465,31 @@ def test_best_genome_can_be_checked(play, tmp_path):
     final = [r for r in rows if r.stage == "final"]
     scores = {id: [r.val_bpb for r in final if r.id == id] for id in {r.id for r in final if r.id.startswith("g")}}
     assert len(scores) == 2 and best["id"] == min(scores, key=lambda id: sum(scores[id]))
-    assert best["val_bpb"]["values"] == scores[best["id"]], "ranked by val, so that test is not the best of several"
-    assert best["test_bpb"]["values"] == [r.test_bpb for r in final if r.id == best["id"]]
+    first, (rival,) = best["final"]["winner"], best["final"]["baselines"]
+    assert first["val"]["values"] == scores[best["id"]], "ranked by val, so that test is not the best of several"
+
+    def tests(stage: str, id: str) -> list[float]:
+        return [r.test_bpb for r in rows if r.stage == stage and r.id == id]
+
+    long, passes = best["long"], best["passes"]
+    assert (first["id"], rival["id"], best["rival"]["id"]) == (best["id"], "transformer-1x64", "transformer-1x64")
+    assert (long["as_found"]["id"], passes["winner"]["id"]) == (best["id"], best["id"])
+    assert long["grown"]["id"].partition("+")[0] in scores and long["grown"]["id"].partition("+")[2] in ("1", "2")
+    assert (long["budget_factor"], passes["share_of_text"]) == (2.0, 0.5)
+    told = [("final", x) for x in (first, rival)] + [("passes", x) for x in (passes["winner"], *passes["baselines"])]
+    told += [("long", x) for x in (long["as_found"], long["grown"], *long["baselines"])]
+    assert len(told) == 2 + 2 + 3
+    for stage, x in told:
+        assert x["test"]["values"] == tests(stage, x["id"]) and len(x["test"]["values"]) == 2
+        row = next(r for r in rows if r.stage == stage and r.id == x["id"])
+        assert Genome.from_dict(x["genome"]).key == row.key and x["summary"] == row.summary
+        assert x["passes"] == pytest.approx(row.passes)
+        for name, lead in x["leads"].items():
+            pairs = zip(tests(stage, name), tests(stage, x["id"]), strict=True)
+            assert lead["values"] == [theirs - own for theirs, own in pairs]
+    assert all(len(x["leads"]) == x["id"].startswith("g") for _, x in told)
+    target = best["time_to_target"]
+    assert target["seeds_that_reach_it"] == 2 and 0 < target["share_of_budget"]["mean"] < 1
     assert best["search_val_bpb"] == [r.val_bpb for r in rows if r.id == best["id"] and r.stage == "search"]
     assert (
         best["settings"] == run
@@ -2327,12 +2506,13 @@ def test_best_genome_can_be_checked(play, tmp_path):
     assert all(a["val_bpb"] == first[a["id"]].val_bpb for a in best["lineage"])
 
 
-def test_the_winner_is_the_one_of_val():
-    s = tiny(finalists=2, final_seeds=2, final_baselines=0)
+def test_the_winner_is_the_one_of_val(monkeypatch):
+    monkeypatch.setattr(evolve, "FAMILIES", {})
+    s = tiny(finalists=2, final_seeds=2)
     rows = final_rows({"g0.00": [1.3, 1.3], "g0.01": [1.2, 1.2]}, s)
     swap = {1.2: 1.5, 1.3: 1.4}  # on test it is the other way round
     rows = [dataclasses.replace(r, test_bpb=swap[r.test_bpb]) if r.stage == "final" else r for r in rows]
-    assert [f.id for f in evolve.final_table(rows, s)] == ["g0.01", "g0.00"] and winner(rows, s)["id"] == "g0.01"
+    assert [f.id for f in outcome(rows, s).final] == ["g0.01", "g0.00"] and winner(rows, s)["id"] == "g0.01"
 
 
 def strict_json(text: str) -> dict:
@@ -2344,15 +2524,20 @@ def strict_json(text: str) -> dict:
 
 def test_best_genome_is_strict_json(free_params, tmp_path):
     """No NaN and no Infinity, which other programs cannot read; for one value there is no interval."""
-    s = tiny(finalists=1, final_seeds=2)
-    half = final_rows({"g0.00": [1.30, None], "transformer-1x64": [None, 1.6]}, s)
-    for rows in (half, half[:3], final_rows({"g0.00": [1.3, 1.2], "transformer-1x64": [1.5, 1.6]}, s)):
-        evolve.write_reports(tmp_path, rows, {"data": "text", "device": "cpu"}, s, {})
+    short, long = tiny(finalists=1, final_seeds=2), tiny(**ALL_STAGES)
+    header = {"data": "text", "device": "cpu", "vocab_size": 300}
+    half = final_rows({"g0.00": [1.30, None], "transformer-1x64": [None, 1.6]}, short)
+    whole = final_rows({"g0.00": [1.3, 1.2], "transformer-1x64": [1.5, 1.6]}, short)
+    for rows, s in ((half, short), (half[:3], short), (whole, short), (planned([], long), long)):
+        evolve.write_reports(tmp_path, rows, header, s, {})
         best = strict_json((tmp_path / "best_genome.json").read_text(encoding="utf-8"))
-        assert best["id"] == "g0.00" and best["lineage"][-1]["id"] == "g0.00"
-    evolve.write_reports(tmp_path, half, {"data": "text", "device": "cpu"}, s, {})
+        assert best["id"] == best["lineage"][-1]["id"] and (best["id"] == "g0.00" or s is long)
+    assert best["long"]["grown"] and best["passes"]["winner"] and best["time_to_target"]["share_of_budget"]
+    evolve.write_reports(tmp_path, half, header, short, {})
     best = strict_json((tmp_path / "best_genome.json").read_text(encoding="utf-8"))
-    assert best["test_bpb"] == {"mean": 1.3, "half": None, "values": [1.3]} and best["lead_over_transformer"] is None
+    own = best["final"]["winner"]
+    assert own["test"] == {"mean": 1.3, "half": None, "values": [1.3]} and own["leads"] == {}
+    assert best["time_to_target"] == {"share_of_budget": None, "seeds_that_reach_it": 0}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2392,6 +2577,42 @@ def test_train_one_design(command, tmp_path, monkeypatch):
         assert code == 1 and error.strip() and "Traceback" not in error, content[:40]
     code, _, error = command("--train", tmp_path / "none")
     assert code == 1 and "No such file" in error
+
+
+def test_train_a_design_that_is_wider_and_deeper_and_its_rival(command, tmp_path):
+    """The rival of the file is changed alike, trained too, and compared; the first is what writes and is kept."""
+    path, model = tmp_path / "best_genome.json", tmp_path / "model.safetensors"
+    rival = {"id": "transformer-1x64", "genome": json.loads(transformer(1, 64).to_json())}
+    path.write_text(json.dumps({"id": "x", "genome": json.loads(NET.to_json()), "rival": rival}))
+    code, output, _ = command("--train", path, "--scale=2", "--deeper=1", "--save", model, "--prompt", "a dog ran")
+    own, other = genome.scaled(genome.grown(NET, 1), 2), genome.scaled(genome.grown(transformer(1, 64), 1), 2)
+    assert code == 0 and own.embed_dim == 128 and len(own.genes) == 2 * len(NET.genes)
+    assert f"best_genome x2 +1: {own.summary}\n{own.num_params(300):,} parameters" in output
+    assert f"transformer-1x64 (its best baseline) x2 +1: {other.summary}\n{other.num_params(300):,} param" in output
+    first, second = map(float, re.findall(r"val_bpb (\d\.\d{4}) after", output))
+    lead = float(re.search(r"^best_genome leads by (-?\d\.\d{4}) bits per byte$", output, re.M)[1])
+    assert lead == pytest.approx(second - first, abs=2e-4) and output.count("over the training text") == 2
+    written = output.partition("bits per byte\n\n")[2]
+    assert written.startswith("a dog ran") and command("--write", model, "--prompt", "a dog ran") == (0, written, "")
+    path.write_text(NET.to_json())  # a file that names no rival
+    code, output, _ = command("--train", path, "--deeper=1")
+    assert code == 0 and genome.grown(NET, 1).summary in output and "leads by" not in output
+
+
+@pytest.mark.parametrize(
+    "flags", [("--scale=0",), ("--scale=-1",), ("--scale=nan",), ("--scale=1e9",), ("--deeper=-1",), ("--deeper=99",)]
+)
+def test_a_scale_that_is_impossible_is_refused_in_words(command, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(prepare, "open_source", lambda **_: pytest.fail("it looked at data"))
+    path = tmp_path / "net.json"
+    path.write_text(NET.to_json())
+    code, _, error = command("--train", path, *flags)
+    assert code == 1 and flags[0].partition("=")[0] in error and "Traceback" not in error
+    code, _, error = command(*flags)
+    assert code == 1 and "name it with --train FILE" in error
+    for more in ("--scale=65", "--deeper=40"):  # possible, but not for this design
+        code, _, error = command("--train", path, more)
+        assert code == 1 and error.strip() and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -2452,7 +2673,7 @@ def test_a_training_that_fails_says_so(command, tmp_path):
     with planted(LEAKS["the next token"]) as gene:
         path.write_text(with_gene(gene).to_json())
         code, _, error = command("--train", path, "--save", tmp_path / "model")
-    assert code == 1 and f"{path}: training ended with status leak." in error and not (tmp_path / "model").exists()
+    assert code == 1 and "net.json: training ended with status leak." in error and not (tmp_path / "model").exists()
 
 
 def test_what_was_trained_is_lost_when_it_is_stopped(command, tmp_path, monkeypatch):
@@ -2476,10 +2697,15 @@ def png_size(content: bytes) -> tuple[int, int]:
     return struct.unpack(">II", content[16:24])
 
 
+def picture(rows: list[Result], title: str = "a title", controls: dict | None = None, settings=None) -> bytes | None:
+    settings = settings or tiny(**BIG)
+    return evolve.picture(rows, title, controls or {}, outcome(rows, settings), settings)
+
+
 def test_the_picture(free_params):
     s = tiny(**BIG)
     rows = search(s, 5)
-    baselines = [toy_result(t) for t in evolve.baseline_tasks([], s, 300)]
+    baselines = tuned(s)
     first = [r for r in rows if r.generation == 0]
     odd = [dataclasses.replace(r, val_bpb=1.0, params=0, tokens_per_s=0) for r in first]
     unknown = [dataclasses.replace(r, params=None, tokens_per_s=None) for r in first]
@@ -2495,18 +2721,31 @@ def test_the_picture(free_params):
         "5 $ a trial, \\frac{ and $x^{2": first,
         "a title " * 60: first,
     }.items():
-        sizes.add(png_size(evolve.picture(drawn, f"a title: {name}", {})))
+        sizes.add(png_size(picture(drawn, f"a title: {name}")))
     assert len(sizes) == 1 and min(next(iter(sizes))) > 500
     for drawn in ([], baselines, search(s, 2, status=lambda t: "crash")):
-        assert evolve.picture(drawn, "nothing was scored", {}) is None
+        assert picture(drawn, "nothing was scored") is None
     controls = {("strategy", "random"): search(s, 2), ("strategy", "drift"): [], ("seed", 1): rows}
-    assert evolve.picture(rows, "a title", {}) == evolve.picture(rows, "a title", {})
-    assert evolve.picture(rows, "a title", {}) != evolve.picture(rows, "a title", controls)
+    assert picture(rows) == picture(rows) != picture(rows, controls=controls)
+
+
+def test_the_picture_shows_how_the_lead_lasts(free_params):
+    """Once there is a winner: a panel more, of which each final is a part as soon as it is done."""
+    s, drawn = tiny(**ALL_STAGES), {}
+    rows = planned([], s)
+    for stage, after in itertools.pairwise([*evolve.STAGES, "the end"]):
+        part = list(itertools.takewhile(lambda r, after=after: r.stage != after, rows))
+        drawn[stage] = picture(part, settings=s)
+    heights = {stage: png_size(content)[1] for stage, content in drawn.items() if content}
+    assert drawn["baseline"] is None and heights["search"] < heights["final"]
+    assert {heights[stage] for stage in ("final", "target", "grow", "long", "passes")} == {heights["final"]}
+    assert len({drawn[stage] for stage in ("final", "target", "long", "passes")}) == 4
+    assert drawn["target"] == drawn["grow"]
 
 
 def test_a_picture_that_dies_is_a_line(free_params, tmp_path, monkeypatch, capsys):
     """Whatever it dies of; best_genome.json is there, and what a full disk says is not swallowed."""
-    rows, header = search(tiny(**BIG), 1), {"data": "text", "device": "cpu"}
+    rows, header = search(tiny(**BIG), 1), {"data": "text", "device": "cpu", "vocab_size": 300}
 
     def dies(axis, *_):
         raise ZeroDivisionError("no room for a legend")
@@ -2579,7 +2818,7 @@ def test_the_picture_shows_controls_as_far_as_they_went(free_params):
 def test_the_picture_is_about_the_better_evaluations(free_params):
     s = tiny(**BIG)
     rows = search(s, 4)
-    baseline = toy_result(evolve.baseline_tasks([], s, 300)[0])
+    baseline = tuned(s)[0]
     rows += [baseline, dataclasses.replace(baseline, id="far-1", val_bpb=1e5)]
     rows += [dataclasses.replace(rows[0], id="far", val_bpb=1e6)]
     rows += [
@@ -2662,19 +2901,29 @@ DECIDING = {  # a file, what of it changes, and how
     "who is a candidate": ("evolve.py", "candidates", "len(group) - len(ok) < 2", "len(group) - len(ok) < 3"),
     "who is best": ("evolve.py", "candidates", "(c.mean, in_order(c.id))", "(min(c.scores), in_order(c.id))"),
     "a tie": ("evolve.py", "in_order", "int(part) if part.isdecimal() else part", "part"),
-    "the hurdle of a generation": ("evolve.py", "breed", "max(known, default", "min(known, default"),
-    "who misses the hurdle": ("evolve.py", "Trial", "_hurdle]) > task.hurdle", "_hurdle]) >= task.hurdle"),
+    "the hurdle of a generation": ("evolve.py", "hurdle_after", "math.ceil(min(1.0, times", "round(min(1.0, times"),
+    "where the hurdle stands": ("evolve.py", "RUNGS", "RUNGS = ((3, 2.0)", "RUNGS = ((4, 2.0)"),
+    "what speed is worth": ("evolve.py", "SPEED_WORTH", "SPEED_WORTH = 0.15", "SPEED_WORTH = 0.1"),
+    "who misses the hurdle": ("evolve.py", "Trial", "/ now, s) > limit", "/ now, s) >= limit"),
+    "how much of the text": ("evolve.py", "Trial", "round(len(data.train) * task.text)", "len(data.train)"),
     "the schedule": ("evolve.py", "schedule_at", "2 * (1 - fraction)", "3 * (1 - fraction)"),
     "whose child": ("evolve.py", "breed", "rng.choice(survivors)", "survivors[0]"),
     "a learning rate": ("evolve.py", "MUON_LR", "MUON_LR, MUON_MOMENTUM = 0.02", "MUON_LR, MUON_MOMENTUM = 0.03"),
     "what a leak is": ("evolve.py", "Trial", "by_change > 0.01", "by_change > 0.02"),
-    "attempts at the final": ("evolve.py", "final_tasks", "attempts=2)\n\n\nSTAGES", "attempts=3)\n\n\nSTAGES"),
-    "a stage": ("evolve.py", "STAGES", "search_tasks, final_tasks)", "final_tasks, search_tasks)"),
+    "attempts at the final": ("evolve.py", "once_more", "attempts=2)\n\n\nSTAGES", "attempts=3)\n\n\nSTAGES"),
+    "a stage": ("evolve.py", "STAGES", '    "passes": once_more(passes_evaluations),\n', ""),
+    "how a family is tuned": ("evolve.py", "tuning", "min(2 * step, 4)", "min(2 * step, 8)"),
+    "the line it begins with": ("evolve.py", "LINE", "LINE = 5", "LINE = 7"),
+    "when the winner is scored": ("evolve.py", "TARGET_AT", "TARGET_AT = (0.25,", "TARGET_AT = (0.125, 0.25,"),
+    "who has won": ("evolve.py", "ranking", "(len(scores) < len(own), stat", "(len(scores) != len(own), stat"),
+    "who grows": ("evolve.py", "grow_evaluations", "itertools.islice(sizes(c), 3)", "itertools.islice(sizes(c), 4)"),
+    "how a design grows": ("genome.py", "grown", "genes[start:stop] * times", "genes[start:stop] * (times + 1)"),
     "a decorator": ("evolve.py", "Optimizer", "    @torch.no_grad()\n    def step(self):", "    def step(self):"),
     "widths": ("genome.py", "WIDTHS", "WIDTHS = (64,", "WIDTHS = (32, 64,"),
     "a helper of ops": ("genome.py", "rms_norm", "def rms_norm(x, gain=None):", "def rms_norm(x, gain=2):"),
-    "a baseline": ("genome.py", "BASELINES", "lr_factor=0.7", "lr_factor=0.6"),
-    "a default of a baseline": ("genome.py", "transformer", "lr_factor: float = 1.0, **", "lr_factor: float = 0.9, **"),
+    "a baseline": ("genome.py", "LEVELS", "convnet(4, 256)", "convnet(3, 256)"),
+    "a trait that is tuned": ("genome.py", "FAMILIES", '"tied": GENOME_TRAITS["tied"],\n', "\n"),
+    "a default of a baseline": ("genome.py", "transformer", "heads: int = 2, lr_factor", "heads: int = 4, lr_factor"),
     "a new op": (
         "genome.py", "Twice",
         "class GenomeError(",
@@ -2686,7 +2935,7 @@ IDLE = {
     "a docstring": ("evolve.py", '"""One optimizer step over', '"""A step over'),
     "the first lines of a file": ("genome.py", '"""', '"""More: '),
     "a docstring of an op": ("genome.py", '"""Rotary position', '"""A position'),
-    "a comment": ("evolve.py", "  # of initialisation and", "  # of weights and"),
+    "a comment": ("evolve.py", "  # of initialisation\n", "  # of weights\n"),
     "a type hint": ("evolve.py", "schedule_at(fraction: float) -> float:", "schedule_at(fraction: int) -> int:"),
     "no type hint": ("prepare.py", "window_count(tokens: torch.Tensor, seq_len: int,", "window_count(tokens, seq_len,"),
     "a hint of a name": ("evolve.py", "parents: list[Candidate] = []", "parents: list = []"),
@@ -2731,7 +2980,11 @@ def test_a_run_is_the_same_while_its_code_is(program, tmp_path, monkeypatch):
     monkeypatch.setattr(evolve, "__file__", str(tmp_path / "evolve.py"))
     code_of(program, tmp_path)
     before = evolve.describe_run(tiny(), data, "cpu")
-    assert before == evolve.describe_run(tiny(workers=3, max_generations=9, final_seeds=7, deadline=9), data, "cpu")
+    assert before == evolve.describe_run(
+        tiny(workers=3, max_generations=9, final_seeds=7, long_seeds=2, long_factor=9.0, baseline_trials=9, deadline=9),
+        data,
+        "cpu",
+    )
     assert (before["vocab_size"], before["device"], len(before["code"])) == (300, "cpu", 12)
     code_of(edited(program, "evolve.py", "2 * (1 - fraction)", "3 * (1 - fraction)"), tmp_path)
     after = evolve.describe_run(tiny(seed=1), data, "cpu")
@@ -2741,8 +2994,11 @@ def test_a_run_is_the_same_while_its_code_is(program, tmp_path, monkeypatch):
 def test_the_code_that_decides():
     found = {name for file, name in evolve.deciding_code(ROOT) if file == "evolve.py"}
     assert found >= {"evaluate", "Trial", "Optimizer", "check_network", "next_tasks", "breed", "candidates", "SEEDS"}
+    assert found >= {"tuning", "hurdle_after", "ranking", "growth", "TARGET_AT", *(f"{s}_evaluations" for s in (
+        "final", "target", "grow", "long", "passes"))}  # fmt: skip
     idle = "Pool serve GpuTurn WorkerTurn turn_file Record read_results to_line write_whole find_controls code_hash "
-    idle += "describe_run estimate final_table lineage best_genome picture draw_scores write_reports result_text "
+    idle += "describe_run estimate standings outcome time_to_target lineage best_genome picture draw_scores "
+    idle += "draw_leads write_reports result_text final_text target_text "
     idle += (
         "end_text evolve unless_all_crash slower_text begin_or_go_on check_ops run_command main save_model write_text"
     )
@@ -2823,6 +3079,8 @@ def test_every_constant_has_a_comment_and_a_flag(capsys):
         given = {str: "drift", int: "64", float: "0.5"}[type(value)]
         if name in ("SEQ_LEN", "SURVIVORS", "IMMIGRANTS"):
             given = "1"
+        if name == "LONG_FACTOR":
+            given = "1.5"
         args = evolve.parse([flag, given, *(["--seq-len=1"] if name == "BATCH_TOKENS" else [])])
         read = getattr(evolve.read_settings(args), name.lower())
         assert (read, type(read)) == (type(value)(given), type(value))
@@ -2835,16 +3093,16 @@ def test_every_constant_has_a_comment_and_a_flag(capsys):
 
 
 IMPOSSIBLE = [f"--{name}=0" for name in ("population-size", "survivors", "batch-tokens", "seq-len", "eval-tokens",
-    "max-params", "finalists", "deadline", "time-budget", "final-factor")]  # fmt: skip
+    "max-params", "finalists", "deadline", "time-budget", "long-factor", "baseline-trials", "hurdle")]  # fmt: skip
 IMPOSSIBLE += [f"--{name}=-1" for name in ("immigrants", "max-generations", "token-budget", "hurdle", "seed",
-    "workers", "final-baselines")]  # fmt: skip
+    "workers", "long-seeds", "baseline-trials")]  # fmt: skip
 IMPOSSIBLE += [
     f"--{name}={x}" for name in ("mutation-rate", "crossover-rate", "hurdle-sample") for x in (-0.1, 1.1, "nan")
 ]
-IMPOSSIBLE += ["--final-seeds=1", "--strategy=best", "--time-budget=nan", "--time-budget=inf", "--final-factor=nan"]
+IMPOSSIBLE += ["--final-seeds=1", "--strategy=best", "--time-budget=nan", "--time-budget=inf"]
+IMPOSSIBLE += [f"--long-factor={x}" for x in (1, 0.5, "nan", "inf")] + ["--long-seeds=1"]
 IMPOSSIBLE += ["--hurdle=nan", "--batch-tokens=1000", "--survivors=12", "--immigrants=9", "--population-size=4"]
-IMPOSSIBLE += [f"--hurdle-at={x}" for x in (0, 0.25, 1, "nan")]
-IMPOSSIBLE += ["--seed=1000000001", f"--seed={2**64}", "--hurdle=inf", "--repeats=0"]
+IMPOSSIBLE += ["--seed=1000000001", f"--seed={2**64}", "--hurdle=inf", "--hurdle=1.1", "--repeats=0"]
 
 
 @pytest.mark.parametrize("flag", IMPOSSIBLE)
@@ -3003,7 +3261,7 @@ def test_signals_end_a_run_as_ctrl_c_does(play, data_dir, tmp_path, monkeypatch,
         wait_until(lambda: not in_session(pid))
     output = log.read_text()
     assert output.endswith("\nStopped. Nothing is lost; run the same command again to go on.\n")
-    assert "Traceback" not in output and 2 < len(rows_of(out)) < 18
+    assert "Traceback" not in output and 2 < len(rows_of(out)) < WHOLE
     assert play()[0] == 0 and rows_of(out) == rows_of(tmp_path / "alone")
 
 
@@ -3014,7 +3272,7 @@ def test_a_run_under_nohup_survives_its_terminal(play, data_dir, tmp_path, monke
         wait_until(lambda: lines_in(out / "results.tsv") > 4)
         os.killpg(pid, signal.SIGHUP)
         assert exit_code(pid) == 0, log.read_text()
-    assert len(rows_of(out)) == 18
+    assert len(rows_of(out)) == WHOLE
 
 
 def test_a_closed_pipe_ends_a_run_as_ctrl_c_does(play, data_dir, tmp_path, monkeypatch):
@@ -3027,13 +3285,14 @@ def test_a_closed_pipe_ends_a_run_as_ctrl_c_does(play, data_dir, tmp_path, monke
             assert file.readline() and file.readline()
         assert exit_code(pid) == 130, log.read_text()
     assert log.read_text() == "\nStopped. Nothing is lost; run the same command again to go on.\n"
-    assert len(rows_of(out)) < 18
+    assert len(rows_of(out)) < WHOLE
 
 
 def test_no_terminal_and_no_matplotlibrc_stops_a_run(toys, free_params, data_dir, tmp_path, monkeypatch):
     """Letters that the encoding lacks, a backend that does not exist, TeX that is not installed."""
     monkeypatch.setattr(evolve, "check_ops", lambda: None)
-    monkeypatch.setattr(evolve, "BASELINES", {"transformer-1x64": transformer(1, 64, 1)})
+    monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
+    monkeypatch.setattr(evolve, "LEVELS", {})
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\nbackend: module://nonsense\n")
     env = dict(MPLBACKEND="module://nonsense", MATPLOTLIBRC=str(tmp_path))
     out, log = tmp_path / "out", tmp_path / "log"
@@ -3041,8 +3300,8 @@ def test_no_terminal_and_no_matplotlibrc_stops_a_run(toys, free_params, data_dir
     with run_in_session(log, *flags, encoding="latin-1", **env) as pid:
         assert exit_code(pid) == 0, log.read_text("latin-1")
     output = log.read_text("latin-1")
-    assert "norm?" in output and "The final: 2 fresh seeds" in output and "was not drawn" not in output
-    assert len(rows_of(out)) == 1 + 4 + 4 and png_size((out / "progress.png").read_bytes())
+    assert "norm?" in output and THE_FINAL in output and "was not drawn" not in output
+    assert len(rows_of(out)) == 3 + 4 + 4 + 8 and png_size((out / "progress.png").read_bytes())
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")

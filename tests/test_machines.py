@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import forked
+from helpers import family_of_transformers, forked
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -32,13 +32,14 @@ import evolve
 import genome
 import prepare
 from evolve import Record, Result, Stop, Task
-from genome import Gene, Genome, Op, transformer
+from genome import Gene, Genome, Op
 
 ROOT = Path(evolve.__file__).parent
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 TINY = dict(
     population_size=4, survivors=2, immigrants=1, max_generations=3, token_budget=1024, batch_tokens=256, seq_len=32,
-    eval_tokens=1024, max_params=10**7, hurdle=0.0, repeats=9, finalists=1, final_baselines=1, final_seeds=2, workers=1,
+    eval_tokens=1024, max_params=10**7, hurdle=1.0, repeats=3, baseline_trials=1, finalists=1, final_seeds=2,
+    long_seeds=0, workers=1,
 )  # fmt: skip
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 NET = Genome((Gene("norm"), Gene("conv1d", 64, skip=2)), embed_dim=64)
@@ -51,14 +52,15 @@ def tiny(**changes):
 
 
 def task(net: Genome = NET, seed: int = 1, id: str = "g0.01", **fields) -> Task:
-    return Task(**{**dict(stage="search", id=id, genome=net, seed=seed, generation=0, operator="random"), **fields})
+    known = dict(stage="search", id=id, genome=net, seed=seed, order=seed, generation=0, operator="random")
+    return Task(**{**known, **fields})
 
 
 def toy(t: Task, data=None, settings=None, turn=None) -> Result:
-    """A result that depends on the task alone, in the place of a training."""
+    """A result that depends on the task alone, in the place of a training: genomes are better than transformers."""
     rng = random.Random(f"{t.genome.key}/{t.seed}")
     losses = ",".join(f"{3 - 0.1 * i + 0.01 * rng.random():.4f}" for i in range(evolve.CURVE))
-    score = 1 + random.Random(t.genome.key).random() + 0.01 * rng.random()
+    score = 1 + random.Random(t.genome.key).random() + 0.01 * rng.random() + t.id.startswith("transformer")
     values = dict(val_bpb=score, test_bpb=score + 0.02 if t.test else None, tokens_per_s=rng.randrange(10**6))
     return Result.of(t, params=1000, tokens=1024, losses=losses, **values)
 
@@ -109,7 +111,8 @@ def command(data_dir, monkeypatch, capsys):
     """Run the command with flags; returns the exit code and what it printed."""
     monkeypatch.setattr(evolve, "check_ops", lambda: None)
     monkeypatch.setattr(evolve, "code_hash", lambda: "the code")
-    monkeypatch.setattr(evolve, "BASELINES", {"transformer-1x64": transformer(1, 64, 1)})
+    monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
+    monkeypatch.setattr(evolve, "LEVELS", {})
 
     def command(*flags, data_dir: str = data_dir) -> tuple[int, str]:
         capsys.readouterr()
@@ -621,7 +624,8 @@ def test_code_is_the_same_with_other_line_ends(tmp_path, monkeypatch):
 def test_a_log_shows_a_result_when_it_is_recorded(toys, data_dir, tmp_path, monkeypatch):
     """stdout is a file, and the third evaluation of a generation waits until we have read it."""
     monkeypatch.setattr(evolve, "check_ops", lambda: None)
-    monkeypatch.setattr(evolve, "BASELINES", {"transformer-1x64": transformer(1, 64, 1)})
+    monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
+    monkeypatch.setattr(evolve, "LEVELS", {})
 
     def waits(t, *args):
         if t.id == "g0.03":
@@ -638,13 +642,13 @@ def test_a_log_shows_a_result_when_it_is_recorded(toys, data_dir, tmp_path, monk
     monkeypatch.setattr(evolve, "evaluate", waits)
     log, record = tmp_path / "log", tmp_path / "out" / "results.tsv"
     with forked(run) as pid:
-        wait_until(lambda: record.exists() and record.read_bytes().count(b"\n") == 2 + 1 + 2)
+        wait_until(lambda: record.exists() and record.read_bytes().count(b"\n") == 2 + 3 + 2)
         shown = re.compile(r"^(transformer-1x64|g0\.\d\d) +ok", re.M)
-        wait_until(lambda: shown.findall(log.read_text()) == ["transformer-1x64", "g0.01", "g0.02"], 10)
+        wait_until(lambda: shown.findall(log.read_text()) == [*["transformer-1x64"] * 3, "g0.01", "g0.02"], 10)
         assert "generation 0:" not in log.read_text()
         (tmp_path / "go").touch()
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, log.read_text()
-    assert len(shown.findall(log.read_text())) == 1 + 4 + 4 == len(rows_of(tmp_path / "out"))
+    assert len(shown.findall(log.read_text())) == 3 + 4 + 4 + 8 == len(rows_of(tmp_path / "out"))
     assert "\r" not in log.read_text() and "\x1b" not in log.read_text()
 
 
@@ -846,7 +850,8 @@ def drawn(monkeypatch):
 
     def draw(rows: list[Result], title: str = "a title") -> Figure:
         saved.clear()
-        assert evolve.picture(rows, title, {}).startswith(b"\x89PNG")
+        o = evolve.outcome(rows, tiny(), 300)
+        assert evolve.picture(rows, title, {}, o, tiny()).startswith(b"\x89PNG")
         (figure,) = saved
         return figure
 
@@ -911,7 +916,7 @@ def test_a_run_without_a_score_says_that_there_is_no_picture(toys, command, tmp_
 
     monkeypatch.setattr(evolve, "evaluate", diverges)
     code, output = command("--max-generations=2", "--out", tmp_path)
-    assert code == 0 and output.count("no progress.png") == 3, "after each generation, and after the final"
+    assert code == 0 and output.count("no progress.png") == 2, "after each generation; there is no final"
     assert {path.name for path in tmp_path.iterdir()} == {"results.tsv", ".lock"}
     baseline, failed, scored = toy(task(stage="baseline", generation=None)), Result.of(task(), "crash"), toy(task())
     for rows, says in (([], 0), ([baseline], 0), ([baseline, failed], 1), ([failed, scored], 0)):
