@@ -106,7 +106,7 @@ WORKERS: CountOr0 = 0  # processes: one trains, the others compile; 0: as many a
 DEADLINE: Count = 300  # seconds that building and compiling may take; training and scoring: plus twice the budget
 
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=5, token_budget=10_240,
+    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=5, token_budget=8_192,
     max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=8_192, finalists=1, final_seeds=2, long_factor=2.0,
     long_seeds=2,
 )  # fmt: skip
@@ -1420,6 +1420,7 @@ def describe_run(settings: Settings, data: prepare.Dataset, device: str) -> dict
 SEEDS = 100_000  # of evaluations, for one SEED: from 0 for the search and the baselines,
 FINAL, LONG = SEEDS // 2, SEEDS * 3 // 4  # from here for the final and for its second step
 LINE = 5  # sizes that the tuning of a family begins with
+GROWN = 2  # steps at most by which a finalist grows for the long final
 TARGET_AT = (0.25, 0.375, 0.5, 0.75)  # shares of the budget at which the winner is scored, for the time that it needs
 
 
@@ -1786,7 +1787,7 @@ def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) ->
                 return
             yield Task("grow", f"{c.id}+{times}", genome, seed, seed, parents=(c.id,), budget=settings.long_factor)
 
-    tasks = [task for c in finalists(rows, settings) for task in itertools.islice(sizes(c), 3)]
+    tasks = [task for c in finalists(rows, settings) for task in itertools.islice(sizes(c), 1 + GROWN)]
     for c in best_baselines(rows):
         best = math.inf
         for task in sizes(c):
@@ -1952,6 +1953,8 @@ def outcome(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
     too_large, tried = {}, {task.id for task in grow_evaluations(rows, settings, vocab_size)}
     for c in [*finalists(rows, settings), *best_baselines(rows)] if long else ():
         times = next(n for n in itertools.count(1) if f"{c.id}+{n}" not in tried)
+        if times > GROWN and not family_of(c.id):
+            continue
         try:
             growth(c.genome, times, settings, vocab_size)
         except GenomeError as error:
