@@ -1942,6 +1942,16 @@ class Outcome:
         return next((s for s in self.final if family_of(s.id)), None)
 
     @property
+    def as_found(self) -> Standing | None:
+        """The winner in the long final."""
+        return next((s for s in self.long if s.id == self.winner.id), None)
+
+    @property
+    def on_less_text(self) -> Standing | None:
+        """The winner on less text."""
+        return next((s for s in self.passes if s.id == self.winner.id), None)
+
+    @property
     def grown(self) -> Standing | None:
         """The best of the long final that evolved and was grown."""
         return next((s for s in self.long if not family_of(s.id) and "+" in s.id), None)
@@ -2172,20 +2182,19 @@ def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome
     result = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
     if o.winner:
         share, reached = o.target
-        as_found, on_less = (next((s for s in table if s.id == best.id), None) for table in (o.long, o.passes))
         result = {
             "stage": "final",
             "final": {"winner": standing(o.winner), "baselines": by_hand(o.final)},
             "time_to_target": {"share_of_budget": share and dataclasses.asdict(share), "seeds_that_reach_it": reached},
             "long": {
                 "budget_factor": settings.long_factor,
-                "as_found": standing(as_found),
+                "as_found": standing(o.as_found),
                 "grown": standing(o.grown),
                 "baselines": by_hand(o.long),
             },
             "passes": {
                 "share_of_text": 1 / settings.long_factor,
-                "winner": standing(on_less),
+                "winner": standing(o.on_less_text),
                 "baselines": by_hand(o.passes),
             },
         }
@@ -2354,9 +2363,8 @@ def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, 
 def draw_leads(axis, o: Outcome, settings: Settings):
     """The winner's leads over the baselines in each final, with their intervals."""
     once, longer = (budget_times(settings, factor) for factor in (1, settings.long_factor))
-    as_found, on_less = (next((s for s in table if s.id == o.winner.id), None) for table in (o.long, o.passes))
-    rows = {once: o.winner, f"{longer}, as found": as_found, f"{longer}, grown": o.grown,
-            f"{once}, {1 / settings.long_factor:.0%} of the text": on_less}  # fmt: skip
+    rows = {once: o.winner, f"{longer}, as found": o.as_found, f"{longer}, grown": o.grown,
+            f"{once}, {1 / settings.long_factor:.0%} of the text": o.on_less_text}  # fmt: skip
     rows = {name: s for name, s in rows.items() if s}
     low = high = 0.0
     for place, s in enumerate(rows.values()):
@@ -2369,7 +2377,7 @@ def draw_leads(axis, o: Outcome, settings: Settings):
     axis.axvline(0, color="#555555", lw=1, ls=":")
     axis.set_yticks(range(len(rows)), list(rows))
     width = max(high - low, 1e-3)
-    axis.set(xlim=(low - 0.05 * width, high + 1.2 * width), ylim=(len(rows) - 0.4, -0.6))  # words stand on the right
+    axis.set(xlim=(low - 0.05 * width, high + 1.35 * width), ylim=(len(rows) - 0.4, -0.6))  # words stand on the right
     faster = f" It needs {o.target[0].mean:.0%} of the time of {o.rival.id}" if o.target[0] else ""
     axis.set(title=f"Does the lead last?{faster}", xlabel="lead on test in bits per byte (higher is better)")
 
