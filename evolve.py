@@ -69,7 +69,6 @@ Count = Annotated[int, Rule("has to be at least 1", lambda n: n >= 1)]
 CountOr0 = Annotated[int, Rule("cannot be negative", lambda n: n >= 0)]
 Share = Annotated[float, Rule("is a share, from 0 to 1", lambda x: 0 <= x <= 1)]
 Positive = Annotated[float, Rule("has to be above 0", lambda x: 0 < x < math.inf)]
-PositiveOr0 = Annotated[float, Rule("cannot be negative", lambda x: 0 <= x < math.inf)]
 ShareAbove0 = Annotated[float, Rule("is a share, above 0 and up to 1", lambda x: 0 < x <= 1)]
 Above1 = Annotated[float, Rule("has to be above 1", lambda x: 1 < x < math.inf)]
 Several = Annotated[int, Rule("has to be at least 2, or there is no interval", lambda n: n >= 2)]
@@ -2144,9 +2143,8 @@ def hurdle_text(rows: list[Result], settings: Settings) -> str:
     newcomers, leaders = [r for r in rows if r.is_newcomer], leaders_by_generation(rows, settings.survivors)
     stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
     survived = sum(row.id in leaders[row.generation] for row in spared)
-    left = (
-        sum(sum(math.isnan(loss) for loss in row.curve) + 1 for row in stopped) / CURVE
-    )  # trials that were not trained
+    # tenths without a loss, and the one that had just begun
+    left = sum(sum(map(math.isnan, row.curve)) + 1 for row in stopped) / CURVE
     saved = left / max(1, len(of_stage(rows, "search")))
     return (f"\nhurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
             f"{len(spared)} that missed it ran on, {survived} of them to survive")  # fmt: skip

@@ -44,7 +44,14 @@ from genome import COMPILED, LEVELS, OPS, Block, Gene, Genome, compile_part, ran
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
 REFERENCE = transformer(6, 256, 2)
-TRANSFORMERS = {f"transformer-{n}x{dim}": transformer(n, dim) for n, dim in ((3, 256), (4, 256), (7, 256), (3, 320))}
+
+
+def transformers(*sizes: tuple[int, int]) -> dict[str, Genome]:
+    """Transformers of so many layers and such a width, by name."""
+    return {f"transformer-{n}x{dim}": transformer(n, dim) for n, dim in sizes}
+
+
+TRANSFORMERS = transformers((3, 256), (4, 256), (7, 256), (3, 320))
 DEVICE = torch.device("cuda:0")
 
 
@@ -376,10 +383,14 @@ def parts(data, settings, seeds):
         print(f"  {name:<60} {evolve.estimate(mine)}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
 
 
+def ranks(values) -> list[int]:
+    """The place of each value, from 1; nothing here is tied but by accident."""
+    return [sorted(values).index(value) + 1 for value in values]
+
+
 def spearman(a, b) -> float:
-    """Rank correlation; nothing here is tied but by accident."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (list(a), list(b))]
-    return statistics.correlation(*ranks)
+    """Rank correlation."""
+    return statistics.correlation(ranks(a), ranks(b))
 
 
 def with_interval(a, b, samples=2000) -> str:
@@ -421,7 +432,7 @@ def hurdle(data, settings, share=evolve.HURDLE):
     print("rank correlation of a tenth of the loss curve with the final score, 95 % interval")
     for tenth in range(evolve.CURVE):
         print(f"  {tenth + 1:2d}  {with_interval([r.curve[tenth] for r in results], scores)}")
-    at_half, at_end = ([sorted(v).index(x) + 1 for x in v] for v in ([r.halfway_loss for r in results], scores))
+    at_half, at_end = ranks([r.halfway_loss for r in results]), ranks(scores)
     limit = math.ceil(share * len(results))
     print(f"child, its rank of {len(results)} half-way and at the end; stopped beyond {limit}")
     for r, half, end in sorted(zip(results, at_half, at_end, strict=True), key=lambda x: x[2]):
@@ -432,9 +443,8 @@ def unlike() -> dict[str, Genome]:
     """A dozen genomes that differ in kind, size and speed."""
     winner = the_winner()
     return {
-        **{f"transformer-{n}x{dim}": transformer(n, dim) for n, dim in ((2, 256), (4, 256), (7, 256), (3, 320))},
+        **transformers((2, 256), (4, 256), (7, 256), (3, 320), (10, 192)),
         "transformer-9x256-tied": transformer(9, 256, tied=True),
-        "transformer-10x192": transformer(10, 192),
         "winner": winner,
         "winner, grown": dataclasses.replace(genomes.grown(winner, 1), tied=True),
         "winner, width x0.75": genomes.scaled(winner, 0.75),

@@ -24,16 +24,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot
 import torch
+from helpers import family_of_transformers
 
 import evolve
 import prepare
-from genome import Family, Genome, mlp, random_genome, transformer
+from genome import Genome, mlp, random_genome, transformer
 
 OF_TIME = ("tokens_per_s", "seconds", "outside", "finished", "memory_mb", "held_mb")  # columns that may differ
 FLAGS = dict(population_size=4, survivors=2, max_generations=2, finalists=1, final_seeds=2, long_factor=2.0)
 FLAGS |= dict(token_budget=1024, batch_tokens=256, seq_len=64, eval_tokens=1024, max_params=200_000, hurdle=1.0)
 FLAGS |= dict(baseline_trials=3, repeats=2, long_seeds=2)
-FAMILIES, LEVELS = {"transformer": Family(transformer, {})}, {"mlp-1x64": mlp(1, 64)}
+FAMILIES, LEVELS = family_of_transformers(), {"mlp-1x64": mlp(1, 64)}
 LAST = ("final", "target", "grow", "long", "passes")  # stages after the search
 
 
