@@ -381,14 +381,14 @@ class Optimizer:
 
     def __init__(self, model: Model, lr_factor: float):
         groups = model.parameter_groups()
-        device = groups.embedding.device
+        device = groups.tables[0].device
         self.schedule = torch.zeros((), device=device)
         self.dtype = compute_dtype(device)
         shapes = collections.defaultdict(list)
         for p in groups.matrices:
             shapes[tuple(sorted(p.shape[-2:]))].append(p)
         self.muon = [MuonGroup(params, MUON_LR * lr_factor) for params in shapes.values()]
-        rates = [([groups.embedding], EMBED_LR * (768 / groups.embedding.size(1)) ** 0.5)]
+        rates = [([table], EMBED_LR * (768 / table.size(1)) ** 0.5) for table in groups.tables]
         if groups.head is not None:
             rates.append(([groups.head], HEAD_LR * (768 / groups.head.size(1)) ** 0.5))
         if groups.vectors:
@@ -1495,8 +1495,9 @@ class Design:
     def id(self) -> str:
         """As transformer-9x256-lr0.7-tied: layers x width, and what is not as usual."""
         own = {n: self.traits[n] for n, (usual, *_) in FAMILIES[self.family].traits.items() if self.traits[n] != usual}
-        more = (f"-{name.partition('_')[0]}{'' if value is True else value}" for name, value in own.items())
-        return f"{self.family}-{self.traits['n_layer']}x{self.traits['dim']}{''.join(more)}"
+        words = {name: name.partition("_")[0] for name in own}
+        more = [words[n] if v is True else f"no-{words[n]}" if v is False else f"{words[n]}{v}" for n, v in own.items()]
+        return "-".join([f"{self.family}-{self.traits['n_layer']}x{self.traits['dim']}", *more])
 
     @property
     def genome(self) -> Genome:
@@ -1511,56 +1512,73 @@ class Design:
                     return design
         return None
 
-    def neighbour(self, trait: str, step: int) -> "Design":
+    def ways(self, trait: str) -> tuple:
+        """Where to go from here: to fewer and to more, or where the choices are words to each other one."""
+        words = [
+            c for c in FAMILIES[self.family].traits.get(trait, ()) if isinstance(c, str) and c != self.traits[trait]
+        ]
+        return tuple(words) or (-1, 1)
+
+    def neighbour(self, trait: str, way: int | str, step: int = 1) -> "Design":
         """With one trait so many layers or choices further; itself where there are none."""
         value = self.traits[trait]
-        if trait == "n_layer":
-            value = max(1, value + step)
+        if isinstance(way, str):
+            value = way
+        elif trait == "n_layer":
+            value = max(1, value + way * step)
         else:
             choices = sorted(WIDTHS if trait == "dim" else FAMILIES[self.family].traits[trait])
-            value = choices[min(max(choices.index(value) + step, 0), len(choices) - 1)]
+            value = choices[min(max(choices.index(value) + way * step, 0), len(choices) - 1)]
         return Design(self.family, {**self.traits, trait: value})
 
 
-def tuning(family: str, scores: dict[str, float], fits: Callable[[Design], bool]) -> Iterator[list[Design]]:
+def sizes(family: str, fits: Callable[[Design], bool]) -> list[Design]:
+    """A coarse line of LINE designs, from small to the largest that fits; [] where none does."""
+    usual = {name: choices[0] for name, choices in FAMILIES[family].traits.items()}
+    all_sizes = [Design(family, {"n_layer": max(1, dim // 64), "dim": dim, **usual}) for dim in WIDTHS]
+    line = [size for size in all_sizes if fits(size)] or [size for size in [all_sizes[0].fitted(fits)] if size]
+    if not line:
+        return []
+    deepest = line[-1]
+    while fits(deeper := deepest.neighbour("n_layer", 1)):
+        deepest = deeper
+    line.append(deepest)
+    return [line[round(i * (len(line) - 1) / (LINE - 1))] for i in range(LINE)]
+
+
+def tuning(
+    line: list[Design], first: list[str], scores: dict[str, float], fits: Callable[[Design], bool]
+) -> Iterator[list[Design]]:
     """Rounds of designs that look for the best of a family; each is planned from the scores, by id, of those before.
 
-    First a coarse line of sizes, from small to the largest that fits. Then one trait after the other around the best:
-    its neighbours on both sides, and on from the better one for as long as that helps. Over again, until none of them
-    helps. Depth first by two layers, then by one: one layer alone makes less of a difference than noise may hide.
+    First the line. Then one trait after the other around the best: its neighbours on both sides, and on from the better
+    one for as long as that helps. Over again, until none of them helps. Depth by two layers before by one: one layer
+    alone makes less of a difference than noise may hide. `first` are the traits that come before depth.
     """
 
     def score(design):
         return scores.get(design.id, math.inf)
 
-    usual = {name: choices[0] for name, choices in FAMILIES[family].traits.items()}
-    sizes = [Design(family, {"n_layer": max(1, dim // 64), "dim": dim, **usual}) for dim in WIDTHS]
-    line = [size for size in sizes if fits(size)] or [size for size in [sizes[0].fitted(fits)] if size]
-    if not line:
-        return
-    deepest = line[-1]
-    while fits(deeper := deepest.neighbour("n_layer", 1)):
-        deepest = deeper
-    line.append(deepest)
-    line = [line[round(i * (len(line) - 1) / (LINE - 1))] for i in range(LINE)]
     yield line
-    best, helped = min(line, key=score), True
+    best, helped = min(line, key=score, default=None), bool(line)
     while helped:
         helped = False
-        for trait, step in (("n_layer", 2), *((trait, 1) for trait in best.traits)):
-            directions = (-1, 1)
-            while directions:
-                further = {way: best.neighbour(trait, way * step).fitted(fits) for way in directions}
+        others = [(trait, 1) for trait in best.traits if trait not in first]
+        for trait, step in (*((trait, 1) for trait in first), ("n_layer", 2), *others):
+            ways = best.ways(trait)
+            while ways:
+                further = {way: best.neighbour(trait, way, step).fitted(fits) for way in ways}
                 further = {way: design for way, design in further.items() if design}
                 yield list(further.values())
                 way = min(further, key=lambda way: score(further[way]), default=None)
-                directions = ()
+                ways = ()
                 if way and score(further[way]) < score(best):
-                    best, directions, helped = further[way], (way,), True
+                    best, ways, helped = further[way], (way,), True
 
 
-def tuning_round(family: str, rows: list[Result], settings: Settings, vocab_size: int) -> list[Design]:
-    """The designs of a family that its tuning wants next; [] when it is done, after BASELINE_TRIALS at most."""
+def tuned(family: str, rows: list[Result], settings: Settings, vocab_size: int) -> tuple[list[Design], list[Design]]:
+    """The designs of a family that its tuning has scored, best first, and those that it wants next; after its share of
+    BASELINE_TRIALS at most it wants none."""
 
     def fits(design):
         try:
@@ -1570,16 +1588,26 @@ def tuning_round(family: str, rows: list[Result], settings: Settings, vocab_size
 
     first = [row for row in of_stage(rows, "baseline") if row.seed == settings.seed * SEEDS]
     scores = {row.id: row.val_bpb if row.status == "ok" else math.inf for row in first}
-    met: dict[str, Design] = {}
-    for designs in tuning(family, scores, fits):
+    kind, line, own = FAMILIES[family], [], []
+    if kind.start in FAMILIES:
+        found, lacking = tuned(kind.start, rows, settings, vocab_size)
+        if lacking:
+            return [], []
+        own = [name for name in kind.traits if name not in FAMILIES[kind.start].traits]
+        usual = {name: kind.traits[name][0] for name in own}
+        for design in found[:1]:
+            known = {name: value for name, value in design.traits.items() if name in ("n_layer", "dim", *kind.traits)}
+            line = [d for d in [Design(family, known | usual).fitted(fits)] if d]
+    trials, met = math.ceil(settings.baseline_trials * kind.effort), {}
+    for designs in tuning(line or sizes(family, fits), own, scores, fits):
         new = {d.id: d for d in designs if d.id not in met}
-        new = dict(itertools.islice(new.items(), settings.baseline_trials - len(met)))
+        new = dict(itertools.islice(new.items(), trials - len(met)))
         met |= new
         if lacking := [design for name, design in new.items() if name not in scores]:
-            return lacking
-        if len(met) == settings.baseline_trials:
+            return [], lacking
+        if len(met) == trials:
             break
-    return []
+    return sorted((d for d in met.values() if scores[d.id] < math.inf), key=lambda d: scores[d.id]), []
 
 
 def of_family(rows: list[Result], family: str) -> list[Candidate]:
@@ -1607,7 +1635,7 @@ def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> l
 
     levels = {name: genome for name, genome in LEVELS.items() if not family_of(name)}
     others = [task(name, genome) for name, genome in levels.items() if is_small(genome, settings, vocab_size)]
-    designs = [design for family in FAMILIES for design in tuning_round(family, rows, settings, vocab_size)]
+    designs = [design for family in FAMILIES for design in tuned(family, rows, settings, vocab_size)[1]]
     if tasks := missing([*(task(d.id, d.genome) for d in designs), *others], rows):
         return tasks
     best = [c for family in FAMILIES for c in of_family(rows, family)[: settings.survivors]]
@@ -2545,7 +2573,8 @@ def save_model(path: Path, model: Model, data: prepare.Dataset):
     from safetensors.torch import save
 
     metadata = {"genome": model.genome.to_json(), "vocab_size": str(data.vocab_size), "fingerprint": data.fingerprint}
-    write_whole(path, save({k: v.contiguous() for k, v in model.state_dict().items()}, metadata))
+    weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    write_whole(path, save(weights, metadata))  # clones: tensors that share memory are refused
     say(f"{path}: the weights. To let it write: uv run evolve.py --write {path} --prompt TEXT")
 
 

@@ -8,11 +8,12 @@ Read it in order: the ops (add one of your own there: one class, nothing else), 
 that a genome builds, how its parts are compiled and how ops are tried out, then random_genome, mutate and crossover,
 then the designs that evolution has to beat, and how a design grows.
 
-    uv run genome.py        what a random genome looks like, and a table of the ops
+    uv run genome.py        the ops with their traits, and how often a search without selection comes by each choice
 
 Reads and writes nothing. B batch, T time (tokens), C channels, H heads, D channels of a head.
 """
 
+import collections
 import difflib
 import functools
 import hashlib
@@ -34,13 +35,16 @@ import torch.nn.functional as F
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 512)  # channels of a gene, as evolution draws them
 WIDTH_STEP, MAX_WIDTH = 64, 4_096  # in a file, and when a design is scaled: any multiple of the one up to the other
-MAX_GENES = 48  # genes in a genome; a 12-layer transformer has 48
-MAX_DISTANCE = 8  # how far back random wiring reaches, in genes (a genome that is written out may reach to the start)
+MAX_GENES = 64  # genes in a genome; a 12-layer transformer has 48, with the embedding added before each layer 59
+MAX_DISTANCE = 8  # how far back random wiring reaches, in genes, if not to the embedding
+LONGEST_BRANCH = 3  # genes of a residual branch: norm, table, matrix; what reaches further is another kind of link
+UNUSUAL = 0.18  # chance of each choice of a trait that is not the usual one, in half of the random genes
 MAX_JSON = 200_000  # characters of a genome file; more is refused unread
 LOGIT_CAP = 15.0  # logits are soft-capped to +-15 (Gemma 2, 2024)
 RESIDUAL_INIT = 0.1  # the last matrix of a residual branch starts at this share of its usual size
 MAX_SEQ_LEN = 4_096  # tokens that a model can see at once
 CHUNK = 64  # tokens that recurrent ops treat in parallel
+VALUE_SLOTS = 8_192  # rows of the table of bigrams in the values of attention
 MIN_LOG_DECAY = -1.0  # log of what a recurrent state keeps of itself from one token to the next, at least
 # Within a chunk recurrent ops divide by the decay since its start, the log of which goes from 0 down to -64. Shifted by
 # HALFWAY it goes from 32 to -32: its exponential, and one over it, are far from the limits of float32. HALFWAY is a
@@ -54,12 +58,17 @@ ACTIVATIONS = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
+    "leaky_relu2": lambda x: F.leaky_relu(x, 0.5).square(),
 }
 WIRING = {  # what every gene has beside its op's own traits
     "activation": tuple(ACTIVATIONS),
     "repeat": (1, 2, 3),  # the op applied this often with the same weights
-    "scale": (False, True),  # with skip: a learned gain per channel on the branch (Touvron et al. 2021, LayerScale)
+    # With skip, a learned gain on the branch: for each channel (Touvron et al. 2021, LayerScale), from 1, RESIDUAL_INIT
+    # (small) or 0 on; or for each token, computed from the stream (after Raposo et al. 2024, mixture of depths).
+    "scale": ("none", "channel", "small", "zero", "token"),
+    "stride": (1, 2, 4),  # the op works on the means of so many tokens (Nawrot et al. 2021, Hourglass)
 }
+SCALE_START = {"channel": 1.0, "small": RESIDUAL_INIT, "zero": 0.0}
 GENOME_TRAITS = {
     "embed_dim": (256, *(w for w in WIDTHS if w != 256)),  # width of the token embedding
     "lr_factor": (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0, 2.8, 4.0),  # times every learning rate
@@ -75,15 +84,27 @@ GENOME_TRAITS = {
 OPS: dict[str, type["Op"]] = {}
 
 
+class Frame(NamedTuple):
+    """What stands around the genes of a model, as far as an op may depend on it."""
+
+    vocab_size: int
+    embed_dim: int
+    dtype: torch.dtype = torch.float32  # of activations
+
+
 class Op(nn.Module):
     """Base of all operations; a subclass is part of the search space as soon as it is defined.
 
     class Name(Op, name="name", mixes_tokens=..., keeps_width=...), with `traits` mapping each trait to its choices and
     __init__(self, d_in, d_out, **traits). `keeps_width` says that d_out is d_in, so that the gene has no width of its
     own. A last matrix called `out` (or `shared_out`) starts smaller in a residual branch. `settle` maps combinations of
-    traits that compute the same thing to one of them. `compiles = False` keeps torch.compile away; `tuned = True` lets
-    it try several forms of each reduction on the device. A declaration that clashes with another raises ValueError;
-    what only shows when the op is built or run, op_problem() finds.
+    traits that compute the same thing to one of them; choices in `retired` can still be read from a file, and are never
+    drawn. `compiles = False` keeps torch.compile away; `tuned = True` lets it try several forms of each reduction on
+    the device. A declaration that clashes with another raises ValueError; what only shows when the op is built or run,
+    op_problem() finds.
+
+    An op that needs more than what its gene reads says so in `reads`, and its __init__ then takes a `frame` too. One
+    that has a table says in `without_table` what is left of its traits when a design grows, or None for nothing.
     """
 
     name: str
@@ -92,12 +113,13 @@ class Op(nn.Module):
     compiles = True
     tuned = False
     traits: dict[str, tuple] = {}
+    retired: dict[str, tuple] = {}
 
     def __init_subclass__(cls, name: str, mixes_tokens: bool = False, keeps_width: bool = False):
         if name in OPS:
             raise ValueError(f"{cls.__name__} and {OPS[name].__name__} are both called {name!r}; give one another name")
         for trait, choices in cls.traits.items():
-            if trait in ("op", "dim", "input", "skip", "traits", "self", "d_in", "d_out", *WIRING):
+            if trait in RESERVED or trait in WIRING:
                 raise ValueError(f"{cls.__name__}: {trait} is the name of something else; call the trait differently")
             plain = isinstance(choices, tuple) and all(type(c) in (str, int, float, bool) and c == c for c in choices)
             if not plain or len(set(choices)) < max(2, len(choices)):  # c == c: not nan
@@ -112,6 +134,22 @@ class Op(nn.Module):
     def settle(traits: dict) -> dict:
         return traits
 
+    @staticmethod
+    def reads(traits: dict) -> tuple[str, ...]:
+        """What forward takes, some of these in this order.
+
+        stream: (B, T, d_in) that the gene reads; ids: (B, T) int64, the tokens; embedding: (B, T, embed_dim), of the
+        frame. Where the op does not read the stream, d_in is None.
+        """
+        return ("stream",)
+
+    @staticmethod
+    def without_table(traits: dict) -> dict | None:
+        return traits
+
+
+RESERVED = ("op", "dim", "input", "skip", "share", "traits", "self", "d_in", "d_out", "frame")  # no names for a trait
+
 
 class Linear(nn.Module):
     """A matrix without bias: (..., d_in) -> (..., d_out), uniform with variance 1 / d_in at the start."""
@@ -125,11 +163,17 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def fused_linear(x, *layers: Linear):
-    """Apply several matrices to x with one matrix product; returns one tensor for each."""
-    weights = [layer.weight for layer in layers]
-    y = F.linear(x, torch.cat(weights).to(x.dtype))
-    return y.split([w.size(0) for w in weights], dim=-1)
+def fused_linear(x, *layers: Linear, taps=None):
+    """Apply several matrices to x (B, T, C) with one matrix product; returns one tensor for each.
+
+    taps (K, out of all of them): a depthwise causal convolution over what comes out. It is part of the product, which
+    then reads K tokens: at this width that is faster than a pass over the result, above all backwards.
+    """
+    weight = torch.cat([layer.weight for layer in layers])
+    if taps is not None:
+        x = torch.cat([delay(x, back) for back in range(len(taps))], dim=-1)
+        weight = torch.cat([tap[:, None] * weight for tap in taps], dim=1)
+    return F.linear(x, weight.to(x.dtype)).split([layer.weight.size(0) for layer in layers], dim=-1)
 
 
 def delay(x, steps: int):
@@ -142,12 +186,49 @@ def rms_norm(x, gain=None):
     return F.rms_norm(x, (x.size(-1),), None if gain is None else gain.to(x.dtype), eps=1e-5)
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021) of (B, H, T, D), D even, T <= MAX_SEQ_LEN, from a table."""
+def first_tap(kernel: int, channels: int):
+    """Taps that change nothing."""
+    return F.pad(torch.ones(1, channels), (0, 0, 0, kernel - 1))
 
-    def __init__(self, head_dim: int):
+
+class NgramTable(nn.Module):
+    """A learned row for the last n tokens: ids (B, T) int64 -> (B, T, width), of root mean square 1.
+
+    n = 1 has a row for each token. Longer ones share `slots` rows by a hash that does not depend on the vocabulary.
+    Hashed n-grams in language models: Svenstrup et al. 2017; Engram, DeepSeek 2026. signs: each n-gram has one of its
+    own, so that those that share a row tell apart on average (Chen et al. 2015).
+    """
+
+    def __init__(self, n: int, slots: int, width: int, frame: Frame, signs: bool = False):
         super().__init__()
-        speed = 10_000 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.n, self.slots, self.signs, self.dtype = n, slots, signs, frame.dtype
+        self.table = nn.Parameter(torch.randn(frame.vocab_size if n == 1 else slots, width))
+
+    def hash(self, ids):
+        """(B, T) int64, all bits of it well mixed (multiply and shift; int64 wraps around)."""
+        h = torch.zeros_like(ids)
+        for back in range(self.n):
+            token = F.pad(ids, (back, 0), value=-1)[:, : ids.size(1)]
+            h = (h + token + 2) * -7_046_029_254_386_353_131  # 2**64 by the golden ratio, as an int64
+            h = h ^ (h >> 32)
+        return h
+
+    def forward(self, ids):
+        h = ids if self.n == 1 else self.hash(ids)
+        y = rms_norm(F.embedding(h if self.n == 1 else h & (self.slots - 1), self.table).to(self.dtype))
+        return y * ((h >> 20 & 2) - 1).to(y.dtype)[..., None] if self.signs else y
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021) of (B, H, T, D), D even, T <= MAX_SEQ_LEN, from a table.
+
+    share: of the channels, the first ones; the others stay as they are (Black et al. 2022, GPT-NeoX).
+    """
+
+    def __init__(self, head_dim: int, base: int = 10_000, share: float = 1.0):
+        super().__init__()
+        self.turned = max(2, int(head_dim * share) // 2 * 2)
+        speed = base ** (-torch.arange(0, self.turned, 2, dtype=torch.float32) / self.turned)
         angle = torch.arange(MAX_SEQ_LEN, dtype=torch.float32)[:, None] * speed
         self.register_buffer("cos", angle.cos(), persistent=False)  # (MAX_SEQ_LEN, D / 2)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -155,8 +236,8 @@ class Rotary(nn.Module):
     def forward(self, x):
         T = x.size(-2)
         cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        a, b = x[..., : self.turned].chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., self.turned :]], dim=-1)
 
 
 class LinearOp(Op, name="linear"):
@@ -179,9 +260,7 @@ class Conv1d(Op, name="conv1d", mixes_tokens=True):
         super().__init__()
         self.kernel, self.kind = kernel, kind
         if kind == "depthwise":
-            taps = torch.zeros(kernel, d_in)
-            taps[0] = 1.0
-            self.taps = nn.Parameter(taps)  # taps[j] weighs the token j steps back
+            self.taps = nn.Parameter(first_tap(kernel, d_in))
             self.out = Linear(d_in, d_out) if d_in != d_out else None
         else:
             bound = math.sqrt(3 / (d_in * kernel))
@@ -193,22 +272,61 @@ class Conv1d(Op, name="conv1d", mixes_tokens=True):
 
     def forward(self, x):
         if self.kind == "depthwise":
-            taps = self.taps.to(x.dtype)
-            y = sum(taps[j] * delay(x, j) for j in range(self.kernel))
+            y = sum(tap * delay(x, back) for back, tap in enumerate(self.taps.to(x.dtype)))
             return self.out(y) if self.out is not None else y
         window = torch.cat([delay(x, j) for j in range(self.kernel)], dim=-1)  # (B, T, kernel * d_in)
         return F.linear(window, torch.cat(list(self.weight), dim=1).to(x.dtype))
 
 
 class Shift(Op, name="shift", mixes_tokens=True, keeps_width=True):
-    """Mix each channel with the token before (token shift; Peng et al. 2023, RWKV)."""
+    """Mix with the token before: each channel by a share of its own (token shift; Peng et al. 2023, RWKV), or all by
+    one that is computed from the token (smear gate; modded-nanogpt 2025)."""
 
-    def __init__(self, d_in, d_out):
+    traits = {"mix": ("channel", "token")}
+
+    def __init__(self, d_in, d_out, mix):
         super().__init__()
-        self.mix = nn.Parameter(torch.full((d_in,), 0.5))
+        self.by_token = mix == "token"
+        self.mix = nn.Parameter(torch.zeros(1, d_in) if self.by_token else torch.full((d_in,), 0.5))
 
     def forward(self, x):
-        return x + self.mix.to(x.dtype) * (delay(x, 1) - x)
+        mix = self.mix.to(x.dtype)
+        share = torch.sigmoid(F.linear(x, mix)) if self.by_token else mix
+        return x + share * (delay(x, 1) - x)
+
+
+class Ngram(Op, name="ngram", mixes_tokens=True):
+    """What a table says of the last n tokens (NgramTable); it reads the stream only where that gates it.
+
+    gated: for each token by the match of what the table says with a matrix of the stream (Engram, DeepSeek 2026).
+    A table narrower than the stream is an ngram of that width with a `linear` behind it.
+    """
+
+    traits = {"n": (2, 1, 3), "slots": (8_192, 4_096, 16_384, 32_768), "gated": (True, False), "signs": (False, True)}
+
+    @staticmethod
+    def settle(traits):
+        return {**traits, "slots": 8_192, "signs": False} if traits["n"] == 1 else traits
+
+    @staticmethod
+    def reads(traits):
+        return ("stream", "ids") if traits["gated"] else ("ids",)
+
+    @staticmethod
+    def without_table(traits):
+        return None
+
+    def __init__(self, d_in, d_out, frame, n, slots, gated, signs):
+        super().__init__()
+        self.ngrams = NgramTable(n, slots, d_out, frame, signs)
+        self.match = Linear(d_in, d_out) if gated else None
+
+    def forward(self, *inputs):
+        y = self.ngrams(inputs[-1])
+        if self.match is not None:
+            match = (rms_norm(self.match(inputs[0])) * y).sum(-1, keepdim=True) / math.sqrt(y.size(-1))
+            y = y * torch.sigmoid(match)
+        return y
 
 
 def sparsemax(scores):
@@ -240,7 +358,9 @@ class Attention(Op, name="attention", mixes_tokens=True):
 
     kv_heads: each query head its own keys and values, pairs of heads sharing them (Ainslie et al. 2023, GQA), or one
         for all (Shazeer 2019, MQA).
-    position: rotary, ALiBi (Press et al. 2022) or none. window: 0 for all, else the last so many tokens.
+    position: rotary, ALiBi (Press et al. 2022) or none; rope_base and rope_share: see Rotary.
+    window: 0 for all, else so many tokens: the last ones, or (pattern) every fourth of the last ones, or the last ones
+        and the first of all (Child et al. 2019; Beltagy et al. 2020, Longformer).
     similarity: dot, cosine (times 10; Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a head), or
         multiplicative (Luong et al. 2015, a matrix between query and key).
     normalisation: softmax, sparsemax (Martins & Astudillo 2016), relu divided by the number of keys (Wortsman et al.
@@ -250,13 +370,21 @@ class Attention(Op, name="attention", mixes_tokens=True):
     qk_norm: RMS norm of queries and keys (Henry et al. 2020; Dehghani et al. 2023).
     latent: keys and values come out of a bottleneck of that width (DeepSeek-V2 2024, MLA).
     memory: learned tokens that every query sees (Sukhbaatar et al. 2019); for rope, at position 0.
+    conv: a depthwise convolution over so many tokens after the projections (So et al. 2021, Primer).
+    values: plain, or with something of the token added by a gate of the stream for each head: an embedding of its own
+        (value embeddings; modded-nanogpt 2024, after Zhou et al. 2024, value residual), a row for the bigram, or a
+        matrix of the frame's embedding, which has no table.
+    exclusive: of what comes out, the part along the token's own value is taken away (Zhai 2026, XSA).
     """
 
     traits = {
         "heads": (2, 1, 4, 8),
         "kv_heads": ("all", "half", "one"),
         "position": ("rope", "none", "alibi"),
+        "rope_base": (10_000, 1_000, 100_000),
+        "rope_share": (1.0, 0.5, 0.25),
         "window": (0, 64, 256),
+        "pattern": ("near", "dilated", "global"),
         "similarity": ("dot", "cosine", "additive", "multiplicative"),
         "normalisation": ("softmax", "sparsemax", "relu", "sigmoid"),
         "temperature": ("fixed", "learned", "adaptive"),
@@ -264,8 +392,13 @@ class Attention(Op, name="attention", mixes_tokens=True):
         "qk_norm": (True, False),
         "latent": (0, 32, 64, 128),
         "memory": (0, 4, 16),
+        "conv": (0, 2, 3, 4),
+        "values": ("plain", "token", "bigram", "embedding"),
+        "exclusive": (False, True),
     }
     HIDDEN = 8  # units of the additive similarity
+    DILATION = 4  # of a dilated window
+    GLOBAL = 16  # first tokens that every query sees, with a global pattern
     tuned = True  # or four heads take 19 % longer than they need (0.889 ms against 0.745 at width 256, one H200)
 
     @staticmethod
@@ -274,12 +407,25 @@ class Attention(Op, name="attention", mixes_tokens=True):
         if traits["heads"] == 1:
             traits["kv_heads"] = "all"
         if traits["heads"] == 2 and traits["kv_heads"] == "half":
-            traits["kv_heads"] = "one"
+            traits["heads"] = 4  # or it would be the same as one
+        if traits["position"] != "rope":
+            traits.update(rope_base=10_000, rope_share=1.0)
+        if traits["pattern"] != "near" and not traits["window"]:
+            traits["window"] = 64  # a pattern is one of a window
         if traits["similarity"] == "cosine":
             traits["qk_norm"] = False  # cosine normalises them itself
         return traits
 
-    def __init__(self, d_in, d_out, **traits):
+    @staticmethod
+    def reads(traits):
+        more = {"plain": (), "token": ("ids",), "bigram": ("ids",), "embedding": ("embedding",)}
+        return ("stream", *more[traits["values"]])
+
+    @staticmethod
+    def without_table(traits):
+        return {**traits, "values": "plain"} if traits["values"] in ("token", "bigram") else traits
+
+    def __init__(self, d_in, d_out, frame=None, **traits):
         super().__init__()
         for name, value in traits.items():
             setattr(self, name, value)
@@ -287,12 +433,22 @@ class Attention(Op, name="attention", mixes_tokens=True):
         D = self.head_dim = d_out // self.heads
         self.q = Linear(d_in, d_out)
         if self.position == "rope":
-            self.rotary = Rotary(D)
+            self.rotary = Rotary(D, self.rope_base, self.rope_share)
         if self.latent:
             self.down = Linear(d_in, self.latent)
         self.k = Linear(self.latent or d_in, self.kv * D)
         self.v = Linear(self.latent or d_in, self.kv * D)
         self.out = Linear(d_out, d_out)
+        if self.conv:
+            self.q_taps = nn.Parameter(first_tap(self.conv, d_out))
+            self.kv_taps = nn.Parameter(first_tap(self.conv, 2 * self.kv * D))
+        if self.values != "plain":
+            self.mixed_in = (
+                Linear(frame.embed_dim, self.kv * D)
+                if self.values == "embedding"
+                else NgramTable({"token": 1, "bigram": 2}[self.values], VALUE_SLOTS, self.kv * D, frame)
+            )
+            self.mix_gate = nn.Parameter(torch.zeros(self.kv, d_in))
         if self.gating != "none":
             self.gate = Linear(d_in, self.kv * D if self.gating == "input" else d_out)
         if self.gating == "highway":
@@ -311,29 +467,23 @@ class Attention(Op, name="attention", mixes_tokens=True):
             self.memory_k = nn.Parameter(torch.randn(self.kv, self.memory, D))
             self.memory_v = nn.Parameter(torch.randn(self.kv, self.memory, D))
 
-    def forward(self, x):
+    def forward(self, x, token=None):
         B, T, _ = x.shape
-        if self.latent:
-            q, latent = fused_linear(x, self.q, self.down)
-            k, v = fused_linear(rms_norm(latent), self.k, self.v)
-        else:
-            q, k, v = fused_linear(x, self.q, self.k, self.v)
-        if self.gating == "input":
-            v = v * torch.sigmoid(self.gate(x))
-        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.project(x, token))  # (B, H, T, D)
+        own = v
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if self.position == "rope":
             q, k = self.rotary(q), self.rotary(k)
-        if self.memory:
-            k = torch.cat([self.memory_k.to(k.dtype).expand(B, -1, -1, -1), k], dim=2)
-            v = torch.cat([self.memory_v.to(v.dtype).expand(B, -1, -1, -1), v], dim=2)
         if self.similarity == "cosine":
             q, k = F.normalize(q, dim=-1, eps=1e-3), F.normalize(k, dim=-1, eps=1e-3)  # eps bounds the gradient at 0
             q = q * 10 * math.sqrt(self.head_dim)
         if self.similarity == "multiplicative":
             q = self.between(q)
-        y = self.mix(q, k, v, self.query_sharpness(x))
+        y = (self.in_window if self.window else self.in_full)(q, k, v, self.query_sharpness(x))
+        if self.exclusive:
+            own = F.normalize(own, dim=-1, eps=1e-3).repeat_interleave(self.heads // self.kv, dim=1)
+            y = y - (y * own).sum(-1, keepdim=True) * own
         y = y.transpose(1, 2).reshape(B, T, -1)
         if self.gating == "output":
             y = y * torch.sigmoid(self.gate(x))
@@ -343,59 +493,125 @@ class Attention(Op, name="attention", mixes_tokens=True):
             y = g * y + (1 - g) * self.carry(x)
         return y
 
+    def project(self, x, token):
+        """Queries (B, T, H * D), keys and values (B, T, kv * D). token: what the values read beside the stream."""
+        q_taps, kv_taps = (self.q_taps, self.kv_taps) if self.conv else (None, None)
+        if self.latent:
+            (q,), (latent,) = fused_linear(x, self.q, taps=q_taps), fused_linear(x, self.down)
+            k, v = fused_linear(rms_norm(latent), self.k, self.v, taps=kv_taps)
+        else:
+            taps = torch.cat([q_taps, kv_taps], dim=1) if self.conv else None
+            q, k, v = fused_linear(x, self.q, self.k, self.v, taps=taps)
+        if self.values != "plain":
+            share = 2 * torch.sigmoid(F.linear(x, self.mix_gate.to(x.dtype)))  # (B, T, kv)
+            v = v + share.repeat_interleave(self.head_dim, dim=-1) * self.mixed_in(token)
+        if self.gating == "input":
+            v = v * torch.sigmoid(self.gate(x))
+        return q, k, v
+
     def query_sharpness(self, x):
-        """Inverse temperature: None, (H, 1, 1) or (B, H, T, 1)."""
+        """Inverse temperature: None, (1, H, 1, 1) or (B, H, T, 1)."""
         if self.temperature == "learned":
-            return self.log_sharpness.exp().to(x.dtype).view(-1, 1, 1)
+            return self.log_sharpness.exp().to(x.dtype).view(1, -1, 1, 1)
         if self.temperature == "adaptive":
             return torch.tanh(F.linear(x, self.sharpness.to(x.dtype))).exp().transpose(1, 2).unsqueeze(-1)
         return None
 
-    def mix(self, q, k, v, sharpness):
-        """Weigh (B, kv, M + T, D) values by the similarity of (B, H, T, D) queries and keys -> (B, H, T, D)."""
+    def memory_keys(self, dtype):
+        """(kv, memory, D), of length 1 where the similarity is a cosine, as the other keys are then."""
+        k = self.memory_k.to(dtype)
+        return F.normalize(k, dim=-1, eps=1e-3) if self.similarity == "cosine" else k
+
+    def in_full(self, q, k, v, sharpness):
+        """Weigh (B, kv, T, D) values by the similarity of (B, H, T, D) queries and (B, kv, T, D) keys."""
+        B, _, T, _ = q.shape
+        if self.memory:
+            k = torch.cat([self.memory_keys(k.dtype).expand(B, -1, -1, -1), k], dim=2)
+            v = torch.cat([self.memory_v.to(v.dtype).expand(B, -1, -1, -1), v], dim=2)
+        position = torch.arange(T, device=q.device)
+        back = position[:, None] - position
+        back = F.pad(back, (self.memory, 0))  # what was learned is no tokens back
         shared = self.kv != self.heads
         if self.normalisation == "softmax" and self.similarity != "additive":
             q = q * sharpness if sharpness is not None else q
-            plain = not (self.window or self.memory or self.position == "alibi")
-            bias = None if plain else self.bias(q).to(q.dtype)
+            plain = not self.memory and self.position != "alibi"
+            bias = None if plain else self.bias(back, back < 0)[None].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, enable_gqa=shared)
         if shared:
             k, v = (t.repeat_interleave(self.heads // self.kv, dim=1) for t in (k, v))
+        return self.weigh(q, k, v, sharpness, back, back < 0)
+
+    def in_window(self, q, k, v, sharpness):
+        """As in_full, but each query sees a window. Tokens are cut into blocks as long as that, and the queries of one
+        see its own keys and those of the block before: T * 2 * window scores in place of T * T."""
+        B, H, T, D = q.shape
+        W, step = self.window, self.DILATION if self.pattern == "dilated" else 1
+        k, v = (t.repeat_interleave(H // self.kv, dim=1) for t in (k, v))
+        learned = () if not self.memory else (self.memory_keys(q.dtype), self.memory_v)
+        learned = [t.to(q.dtype).repeat_interleave(H // self.kv, dim=0).expand(B, -1, -1, -1) for t in learned]
+        first = [t[:, :, : self.GLOBAL] for t in (k, v)] if self.pattern == "global" else []
+        seen_by_all = [torch.cat(pair, dim=2) for pair in zip(*filter(None, (learned, first)), strict=True)]
+
+        def blocks(t):
+            """(B, H, T, D) -> (B, H, step, N, W, D): every step-th token is in one block."""
+            return F.pad(t, (0, 0, 0, -T % (W * step))).view(B, H, -1, W, step, t.size(-1)).permute(0, 1, 4, 2, 3, 5)
+
+        def with_before(t):
+            return torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :, :-1], t], dim=4)  # (B, H, step, N, 2 * W, D)
+
+        q, k, v = blocks(q), with_before(blocks(k)), with_before(blocks(v))
+        N, place = q.size(3), torch.arange(2 * W, device=q.device)
+        back = W + place[:W, None] - place
+        missing = (torch.arange(N, device=q.device) == 0)[:, None, None] & (place < W)  # before the first block
+        hidden, back = (back < 0) | (back >= W) | missing, back.expand(N, -1, -1) * step
+        if first:
+            at = W * torch.arange(N, device=q.device)[:, None, None] + place[:W, None]
+            away = at - torch.arange(first[0].size(2), device=q.device)
+            back, hidden = torch.cat([away, back], dim=-1), torch.cat([away < W, hidden], dim=-1)
+        back, hidden = F.pad(back, (self.memory, 0)), F.pad(hidden, (self.memory, 0))
+        if seen_by_all:
+            k, v = (
+                torch.cat([t[:, :, None, None].expand(-1, -1, step, N, -1, -1), near], dim=4)
+                for t, near in zip(seen_by_all, (k, v), strict=True)
+            )
+        sharpness = sharpness if sharpness is None else blocks(sharpness.expand(B, -1, T, -1))
+        y = self.weigh(q, k, v, sharpness, back, hidden)
+        return y.permute(0, 1, 3, 4, 2, 5).reshape(B, H, -1, D)[:, :, :T]
+
+    def weigh(self, q, k, v, sharpness, back, hidden):
+        """Weigh (B, H, ..., S, D) values by the similarity of (B, H, ..., T, D) queries and (B, H, ..., S, D) keys.
+
+        back: (..., T, S) how many tokens back a key is. hidden: (..., T, S) whether the query must not see it.
+        """
         if self.similarity == "additive":
-            a = (q @ self.q_hidden.to(q.dtype)).unsqueeze(-2)  # (B, H, T, 1, hidden)
-            b = (k @ self.k_hidden.to(k.dtype)).unsqueeze(-3)  # (B, H, 1, M + T, hidden)
-            weight = self.hidden_out.to(q.dtype)
-            scores = sum(weight[:, i].view(-1, 1, 1) * torch.tanh(a[..., i] + b[..., i]) for i in range(self.HIDDEN))
+            inner = [1] * (q.dim() - 4)
+            a, b = (
+                (t @ w.to(t.dtype).view(self.heads, *inner, self.head_dim, -1)).unsqueeze(axis)
+                for t, w, axis in ((q, self.q_hidden, -2), (k, self.k_hidden, -3))
+            )  # (B, H, ..., T, 1, hidden) and (B, H, ..., 1, S, hidden)
+            weight = self.hidden_out.to(q.dtype).view(self.heads, *inner, 1, 1, -1)
+            scores = sum(weight[..., i] * torch.tanh(a[..., i] + b[..., i]) for i in range(self.HIDDEN))
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
         scores = scores * sharpness if sharpness is not None else scores
-        scores = scores.float() + self.bias(q)
-        seen = (self.memory + torch.arange(1, q.size(2) + 1, device=q.device)).float()[:, None]
-        if self.window:
-            seen = seen.clamp(max=self.memory + self.window)
+        scores = scores.float() + self.bias(back, hidden)
         if self.normalisation == "softmax":
             weights = scores.softmax(-1)
         elif self.normalisation == "sparsemax":
             weights = sparsemax(scores)
-        elif self.normalisation == "relu":
-            weights = F.relu(scores) / seen
         else:
-            weights = torch.sigmoid(scores - seen.log())
+            seen = (~hidden).sum(-1, keepdim=True).float()
+            weights = F.relu(scores) / seen if self.normalisation == "relu" else torch.sigmoid(scores - seen.log())
         return weights.to(v.dtype) @ v
 
-    def bias(self, q):
-        """What is added to scores, (1, 1 or H, T, M + T) float32: ALiBi; -inf for the future and beyond the window."""
-        T = q.size(2)
-        back = torch.arange(T, device=q.device)[:, None] - torch.arange(-self.memory, T, device=q.device)
-        is_memory = (torch.arange(self.memory + T, device=q.device) < self.memory)[None]
-        hidden = back < 0
-        if self.window:
-            hidden = hidden | (back >= self.window)
-        bias = torch.zeros(1, 1, T, self.memory + T, device=q.device)
+    def bias(self, back, hidden):
+        """What is added to scores, float32, (1 or H, ..., T, S): ALiBi, and -inf where a key is hidden."""
+        bias = torch.zeros(1, *back.shape, device=back.device)
         if self.position == "alibi":
-            slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1, device=q.device) / self.heads)
-            bias = -slope.view(1, -1, 1, 1) * back.masked_fill(is_memory, 0)
-        return bias.masked_fill(hidden & ~is_memory, -math.inf)
+            slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1, device=back.device) / self.heads)
+            bias = -slope.view(-1, *[1] * back.dim()) * back
+        bias = bias.masked_fill(hidden, -math.inf)
+        return bias if back.dim() == 2 else bias.unsqueeze(1)  # by blocks: the same at each step of a dilated window
 
 
 class Bilinear(nn.Module):
@@ -450,12 +666,59 @@ def linear_attention(q, k, v, log_decay):
     return (inside + before).flatten(2, 3)[:, :, :T]
 
 
+def unit_lower_inverse(a, dtype: torch.dtype):
+    """(1 + a)^-1 of strictly lower triangular matrices (..., C, C), C a power of 2, by halves: stable, unlike a series.
+
+    That is done in `dtype`. A Newton step at the end, which alone has a gradient, carries the exact one and squares the
+    error.
+    """
+    C = a.size(-1)
+    place, one = torch.arange(C, device=a.device), torch.eye(C, device=a.device, dtype=a.dtype)
+    with torch.no_grad():
+        x, below, size = one.to(dtype).expand_as(a), a.to(dtype), 1
+        while size < C:  # blocks of that size on the diagonal are inverse; join them by twos
+            block = place // size
+            joins = (block[:, None] == block + 1) & (block[:, None] % 2 == 1)
+            x, size = x - x @ (below * joins) @ x, 2 * size
+        x = x.to(a.dtype)
+    return x @ (2 * one - (one + a) @ x)
+
+
+def delta_rule(q, k, v, log_decay, rate):
+    """As linear_attention, but each token first takes away what its key reads, as far as rate goes:
+
+    S_t = (1 - rate_t k_t k_t') diag(exp(log_decay_t)) S_(t-1) + rate_t k_t v_t', keys of length 1 (Yang et al. 2024,
+    DeltaNet; 2025, Gated DeltaNet). rate: (B, H, T, 1) in [0, 1]. A chunk maps the state before it to the one after
+    it by a matrix and a sum.
+    """
+    T, precise = q.size(2), log_decay.dtype
+    q, k, v, g, rate = chunks(q), chunks(k), chunks(v), chunks(log_decay), chunks(rate)
+    since = g.cumsum(3)
+    total = since[:, :, :, -1:]
+    from_middle = since + HALFWAY
+    k_from, k_to = k * from_middle.exp().to(k.dtype), k * (-from_middle).exp().to(k.dtype)
+    rate_k = (rate * k) * since.exp().to(k.dtype)
+    reads = (rate * k_from) @ k_to.transpose(-1, -2)  # (B, H, N, CHUNK, CHUNK): what a key reads of earlier ones
+    solve = unit_lower_inverse(reads.to(precise).tril(-1), k.dtype).to(k.dtype)
+    new, old = solve @ (rate * v), solve @ rate_k  # what is written is new - old @ state
+    to_end = (k * (total - since).exp().to(k.dtype)).transpose(-1, -2)
+    step, added = torch.diag_embed(total.squeeze(3).exp()) - (to_end @ old).to(precise), (to_end @ new).to(precise)
+    states = [torch.zeros_like(added[:, :, 0])]  # before each chunk
+    for n in range(q.size(2) - 1):
+        states.append(added[:, :, n] + step[:, :, n] @ states[-1])
+    state = torch.stack(states, dim=2).to(v.dtype)
+    inside = ((q * from_middle.exp().to(q.dtype)) @ k_to.transpose(-1, -2)).tril() @ (new - old @ state)
+    return (inside + (q * since.exp().to(q.dtype)) @ state).flatten(2, 3)[:, :, :T]
+
+
 class Retention(Op, name="retention", mixes_tokens=True):
     """A linear-time mixer, by chunks.
 
-    Linear attention (Katharopoulos et al. 2020), RetNet (Sun et al. 2023) and GLA (Yang et al. 2024) are its corners.
-    decay: none, fixed for each head as in RetNet, learned for each head, or computed for each key channel from the
-    token (data). What comes out of each head is RMS-normed, and with gating multiplied by silu of a matrix of x.
+    Linear attention (Katharopoulos et al. 2020), RetNet (Sun et al. 2023), GLA (Yang et al. 2024) and Gated DeltaNet
+    (Yang et al. 2025) are its corners. decay: none, fixed for each head as in RetNet, learned for each head, or
+    computed for each key channel from the token (data). write: add to the state, or correct what the key reads there
+    (delta, by a rate computed for each head). What comes out of each head is RMS-normed, and with gating multiplied by
+    silu of a matrix of x.
     """
 
     traits = {
@@ -463,11 +726,13 @@ class Retention(Op, name="retention", mixes_tokens=True):
         "decay": ("fixed", "none", "learned", "data"),
         "position": ("rope", "none"),
         "gating": ("output", "none"),
+        "write": ("add", "delta"),
     }
 
-    def __init__(self, d_in, d_out, heads, decay, position, gating):
+    def __init__(self, d_in, d_out, heads, decay, position, gating, write):
         super().__init__()
         self.heads, self.decay, self.position, self.gating = heads, decay, position, gating
+        self.rate = Linear(d_in, heads) if write == "delta" else None
         self.q, self.k, self.v = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_in, d_out)
         self.out = Linear(d_out, d_out)
         if position == "rope":
@@ -500,7 +765,11 @@ class Retention(Op, name="retention", mixes_tokens=True):
         q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in fused_linear(x, self.q, self.k, self.v))
         if self.position == "rope":
             q, k = self.rotary(q), self.rotary(k)
-        y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
+        if self.rate is None:
+            y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
+        else:
+            rate = torch.sigmoid(self.rate(x)).transpose(1, 2).unsqueeze(-1)
+            y = delta_rule(q, F.normalize(k, dim=-1, eps=1e-3), v, self.log_decay(x), rate)
         y = rms_norm(y).transpose(1, 2).reshape(B, T, -1)
         return self.out(y * F.silu(self.gate(x)) if self.gating == "output" else y)
 
@@ -556,17 +825,25 @@ class Gru(Op, name="gru", mixes_tokens=True):
 
 
 class Gate(Op, name="gate"):
-    """A gated channel mixer (Shazeer 2020): out(kind(gate(x)) * up(x)), hidden width 2/3 * expansion * d_out."""
+    """A channel mixer, gated (Shazeer 2020): out(kind(gate(x)) * up(x)), hidden width 2/3 * expansion * d_out; or
+    plain: out(kind(up(x))), hidden width expansion * d_out, which has as many parameters."""
 
-    traits = {"kind": ("silu", "gelu", "relu", "sigmoid"), "expansion": (4, 1, 2)}
+    traits = {
+        "kind": ("silu", "gelu", "relu", "sigmoid", "relu2", "leaky_relu2"),
+        "expansion": (4, 1, 2),
+        "gated": (True, False),
+    }
 
-    def __init__(self, d_in, d_out, kind, expansion):
+    def __init__(self, d_in, d_out, kind, expansion, gated):
         super().__init__()
-        hidden = -(-expansion * d_out * 2 // 3 // 64) * 64
+        hidden = -(-expansion * d_out * 2 // 3 // 64) * 64 if gated else expansion * d_out
         self.kind = torch.sigmoid if kind == "sigmoid" else ACTIVATIONS[kind]
-        self.gate, self.up, self.out = Linear(d_in, hidden), Linear(d_in, hidden), Linear(hidden, d_out)
+        self.gate = Linear(d_in, hidden) if gated else None
+        self.up, self.out = Linear(d_in, hidden), Linear(hidden, d_out)
 
     def forward(self, x):
+        if self.gate is None:
+            return self.out(self.kind(self.up(x)))
         gate, up = fused_linear(x, self.gate, self.up)
         return self.out(self.kind(gate) * up)
 
@@ -738,7 +1015,9 @@ class Gene:
 
     op: a name in OPS. dim: channels it puts out, a multiple of 64 (None for ops that keep the width of their input).
     input: it reads the gene this far back (1 the one before; the first gene reads the embedding). skip: what came out
-    this far back is added (0 nothing; 1 is a residual around this gene alone). Raises GenomeError.
+    this far back is added (0 nothing; 1 is a residual around this gene alone). share: it uses the weights of the gene
+    this far back, where that has the same op, traits and widths (0 its own; Lan et al. 2020, ALBERT). Raises
+    GenomeError.
     """
 
     op: str
@@ -746,11 +1025,15 @@ class Gene:
     activation: str = "none"
     input: int = 1
     skip: int = 0
+    share: int = 0
     repeat: int = 1
-    scale: bool = False
+    scale: str = "none"
+    stride: int = 1
     traits: tuple[tuple[str, object], ...] = ()
 
-    def __init__(self, /, op, dim=None, activation="none", input=1, skip=0, repeat=1, scale=False, **traits):
+    def __init__(
+        self, /, op, dim=None, activation="none", input=1, skip=0, share=0, repeat=1, scale="none", stride=1, **traits
+    ):
         check_choice("op", op, tuple(OPS))
         declared = OPS[op].traits
         unknown = next((name for name in traits if name not in declared), None)
@@ -762,14 +1045,21 @@ class Gene:
             check_width(f"{op}.dim", dim)
         check_distance(f"{op}.input", input, 1)
         check_distance(f"{op}.skip", skip, 0)
-        for name, value in {"activation": activation, "repeat": repeat, "scale": scale}.items():
+        check_distance(f"{op}.share", share, 0)
+        scale = {False: "none", True: "channel"}.get(scale, scale) if type(scale) is bool else scale  # earlier files
+        for name, value in {"activation": activation, "repeat": repeat, "scale": scale, "stride": stride}.items():
             check_choice(f"{op}.{name}", value, WIRING[name])
-        full = {n: check_choice(f"{op}.{n}", traits[n], c) if n in traits else c[0] for n, c in declared.items()}
-        settled = tuple(OPS[op].settle(full).items())
-        if (op, activation) in (("identity", "none"), ("identity", "relu"), ("norm", "none")):
+        full = {n: c[0] for n, c in declared.items()}
+        for name, value in traits.items():
+            full[name] = check_choice(f"{op}.{name}", value, declared[name] + OPS[op].retired.get(name, ()))
+        full = OPS[op].settle(full)
+        alone = "stream" not in OPS[op].reads(full)
+        if alone or (op, activation) in (("identity", "none"), ("identity", "relu"), ("norm", "none")):
             repeat = 1  # once more changes nothing
-        scale = scale and skip > 0  # without a skip a gain does nothing that the next matrix or norm could not
-        values = (op, dim, activation, input, skip, repeat, scale, settled)
+        input = 1 if alone else input
+        scale = scale if skip else "none"  # without a skip a gain does nothing that the next matrix or norm could not
+        share = 0 if OPS[op].keeps_width else share  # there is little to share
+        values = (op, dim, activation, input, skip, share, repeat, scale, stride, tuple(full.items()))
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -791,28 +1081,48 @@ class Gene:
     @property
     def bare(self) -> "Gene":
         """The gene without its distances: what it takes to build it, once the widths it reads are known."""
-        return self.change(input=1, skip=min(self.skip, 1))
+        return self.change(input=1, skip=min(self.skip, 1), share=0)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Which of stream, ids and embedding the op takes."""
+        return OPS[self.op].reads(dict(self.traits))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is its op and nothing else."""
+        return self.activation == "none" and not self.skip and self.stride == 1
 
     @property
     def adds_nothing(self) -> bool:
         """Whether it only hands on what it reads."""
-        return self.op == "identity" and self.activation == "none" and not self.skip
+        return self.op == "identity" and self.is_plain
 
     @property
     def is_plain_norm(self) -> bool:
         """Whether it is an RMS norm and nothing else, so that another one after it changes nothing but a gain."""
-        return self.op == "norm" and self.kind == "rms" and self.activation == "none" and not self.skip
+        return self.op == "norm" and self.kind == "rms" and self.is_plain
+
+    def can_share(self, other: "Gene") -> bool:
+        """Whether the weights of the one fit the other, as far as their widths do."""
+        return (self.op, self.dim, self.traits) == (other.op, other.dim, other.traits)
 
 
 class Node(NamedTuple):
     """A gene as it stands in the network: state 0 is the embedding, state i what node i - 1 puts out."""
 
     gene: Gene
-    source: int  # the state it reads
+    source: int | None  # the state it reads; None where its op does not read the stream
     skip: int | None  # the state that is added
-    d_in: int
+    d_in: int | None
     d_skip: int | None
     d_out: int
+    owner: int | None  # the node whose weights it uses; None for its own
+
+    @property
+    def d_op(self) -> int | None:
+        """Channels that its op reads: a repeated one reads what it puts out."""
+        return self.d_out if self.gene.repeat > 1 else self.d_in
 
 
 @dataclass(frozen=True)
@@ -837,9 +1147,9 @@ class Genome:
         for name in ("lr_factor", "tied"):
             check_choice(name, getattr(self, name), GENOME_TRAITS[name])
         for i, gene in enumerate(self.genes, start=1):
-            for name in ("input", "skip"):
-                if getattr(gene, name) > i:
-                    raise GenomeError(f"genes[{i - 1}].{name}: {getattr(gene, name)} reaches beyond the embedding")
+            for name, beyond in (("input", "embedding"), ("skip", "embedding"), ("share", "first gene")):
+                if getattr(gene, name) > (i - 1 if name == "share" else i):
+                    raise GenomeError(f"genes[{i - 1}].{name}: {getattr(gene, name)} reaches beyond the {beyond}")
         object.__setattr__(self, "network", self._network())
 
     def _network(self, up_to_gains: bool = False) -> tuple[Node, ...]:
@@ -865,37 +1175,52 @@ class Genome:
         def visit(i):
             if i not in place:
                 gene = genes[i - 1]
-                visit(stands_for[i - gene.input])
+                if "stream" in gene.reads:
+                    visit(stands_for[i - gene.input])
                 if gene.skip:
                     visit(stands_for[i - gene.skip])
                 order.append(i)
                 place[i] = len(order)
 
         visit(last)
-        widths, nodes = [self.embed_dim], []
-        for i in order:
+        widths, nodes, owners = [self.embed_dim], [], {}
+        for at, i in enumerate(order):
             gene = genes[i - 1]
-            source = place[stands_for[i - gene.input]]
+            source = place[stands_for[i - gene.input]] if "stream" in gene.reads else None
             skip = place[stands_for[i - gene.skip]] if gene.skip else None
-            d_in = widths[source]
+            d_in = None if source is None else widths[source]
             d_out = d_in if OPS[gene.op].keeps_width else gene.dim
             widths.append(d_out)
-            nodes.append(Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out))
+            node = Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out, None)
+            owner = owners.setdefault((self.first_of_chain(i - 1), node.d_op), at)
+            nodes.append(node if owner == at else node._replace(owner=owner))
         return tuple(nodes)
+
+    def first_of_chain(self, i: int) -> int:
+        """The gene whose weights gene i would use if both were as wide: itself, or where the chain of `share` ends."""
+        while (gene := self.genes[i]).share and gene.can_share(self.genes[i - gene.share]):
+            i -= gene.share
+        return i
+
+    def sharing_with(self, i: int) -> list[int]:
+        """The genes of that chain, gene i among them."""
+        first = self.first_of_chain(i)
+        return [j for j in range(len(self.genes)) if self.first_of_chain(j) == first]
 
     @functools.cached_property
     def key(self) -> str:
         """A hash of what the genome computes and how it is trained; genomes of one key differ in a gain at most."""
         parts = [
-            (n.gene.op, n.d_out, n.gene.activation, n.gene.repeat, n.gene.scale, n.gene.traits, n.source, n.skip)
+            (n.gene.op, n.d_out, n.gene.activation, n.gene.repeat, n.gene.scale, n.gene.stride, n.gene.traits,
+             n.source, n.skip, n.owner)
             for n in self._network(up_to_gains=True)
-        ]
+        ]  # fmt: skip
         text = json.dumps([parts, self.embed_dim, self.lr_factor, self.tied])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def mixes_tokens(self) -> bool:
-        return any(OPS[node.gene.op].mixes_tokens for node in self.network)
+        return any(OPS[node.gene.op].mixes_tokens or node.gene.stride > 1 for node in self.network)
 
     @property
     def d_out(self) -> int:
@@ -921,11 +1246,12 @@ class Genome:
 
     def num_params(self, vocab_size: int) -> int:
         """Parameters of Model(self, vocab_size), without allocating them."""
-        blocks = sum(block_params(n.gene.bare, n.d_in, n.d_skip) for n in self.network)
-        frame = vocab_size * self.embed_dim
+        frame = Frame(vocab_size, self.embed_dim)
+        blocks = sum(block_params(n.gene.bare, n.d_in, n.d_skip, frame, n.owner is None) for n in self.network)
+        embedding = vocab_size * self.embed_dim
         if not self.tied:
-            return blocks + frame + vocab_size * self.d_out
-        return blocks + frame + (self.d_out * self.embed_dim if self.d_out != self.embed_dim else 0)
+            return blocks + embedding + vocab_size * self.d_out
+        return blocks + embedding + (self.d_out * self.embed_dim if self.d_out != self.embed_dim else 0)
 
     def to_json(self) -> str:
         own = {name: getattr(self, name) for name in GENOME_TRAITS}
@@ -968,39 +1294,78 @@ class Genome:
 # Model: a fixed frame (embedding, RMS norm, the genes, RMS norm, head, soft-cap) around a genome's network.
 
 
-class Block(nn.Module):
-    """A gene as built: x (B, T, d_in), skip (B, T, d_skip) or None -> (B, T, d_out)."""
+def group(x, stride: int):
+    """(B, T, C) -> (B, max(1, T // stride), C), the means of so many tokens each; of ids (B, T) the last ones.
 
-    def __init__(self, gene: Gene, d_in: int, d_skip: int | None):
+    A group that lacks tokens is never seen.
+    """
+    if x.size(1) < stride:
+        x = F.pad(x, (0,) * (2 * x.dim() - 4) + (0, stride - x.size(1)))
+    if x.dim() == 2:
+        return x[:, stride - 1 :: stride]
+    return x[:, : x.size(1) // stride * stride].unflatten(1, (-1, stride)).mean(2)
+
+
+def ungroup(y, stride: int, T: int):
+    """Back to T tokens: what was made of tokens gs to gs + s - 1 is seen from the last of them on; zeros before."""
+    return F.pad(y.repeat_interleave(stride, dim=1), (0, 0, stride - 1, 0))[:, :T]
+
+
+class Block(nn.Module):
+    """A gene as built: (B, T, d_in) that it reads, (B, T, d_skip) that is added, ids, embedding -> (B, T, d_out).
+
+    What the gene does not use may be None. owner: the block whose weights it uses, if it has none of its own.
+    """
+
+    def __init__(self, gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame, owner: "Block | None" = None):
         super().__init__()
         cls = OPS[gene.op]
         d_out = d_in if cls.keeps_width else gene.dim
-        self.gene, self.d_out = gene, d_out
+        self.gene, self.d_in, self.d_out = gene, d_in, d_out
         self.resize = Linear(d_in, d_out) if gene.repeat > 1 and d_in != d_out else None
-        self.op = cls(d_out if gene.repeat > 1 else d_in, d_out, **dict(gene.traits))
-        self.gain = nn.Parameter(torch.ones(d_out)) if gene.scale else None
+        more = {} if gene.reads == ("stream",) else {"frame": frame}
+        self.op = owner.op if owner else cls(d_out if gene.repeat > 1 else d_in, d_out, **more, **dict(gene.traits))
+        by_channel = gene.scale in SCALE_START
+        self.gain = nn.Parameter(torch.full((d_out,), SCALE_START[gene.scale])) if by_channel else None
+        self.token_gain = nn.Parameter(torch.zeros(1, d_in or d_skip)) if gene.scale == "token" else None
         self.project = Linear(d_skip, d_out) if d_skip is not None and d_skip != d_out else None
         for last in (getattr(self.op, name, None) for name in ("out", "shared_out")):
-            if d_skip is not None and last is not None:
+            if d_skip is not None and last is not None and not owner:
                 last.weight.data *= RESIDUAL_INIT
 
-    def forward(self, x, skip=None):
-        y = self.resize(x) if self.resize is not None else x
-        for _ in range(self.gene.repeat):
-            y = ACTIVATIONS[self.gene.activation](self.op(y))
-            if y.shape != (*x.shape[:2], self.d_out):  # it could still be broadcast when the skip is added
-                raise ValueError(f"{self.gene.op} put out {tuple(y.shape)}, not {(*x.shape[:2], self.d_out)}")
+    def forward(self, x, skip=None, ids=None, embedding=None):
+        B, T = next(t for t in (x, ids, embedding) if t is not None).shape[:2]
+        gene, stride = self.gene, self.gene.stride
+        given = {"stream": x, "ids": ids, "embedding": embedding}
+        given = {name: given[name] for name in gene.reads}
+        if stride > 1:
+            given = {name: group(t, stride) for name, t in given.items()}
+        if self.resize is not None:
+            given["stream"] = self.resize(given["stream"])
+        for _ in range(gene.repeat):
+            y = ACTIVATIONS[gene.activation](self.op(*given.values()))
+            expected = (B, max(1, T // stride), self.d_out)
+            if y.shape != expected:  # it could still be broadcast when the skip is added
+                raise ValueError(f"{gene.op} put out {tuple(y.shape)}, not {expected}")
+            given |= {"stream": y} if "stream" in given else {}
+        if stride > 1:
+            y = ungroup(y, stride, T)
         if self.gain is not None:
             y = y * self.gain.to(y.dtype)
+        if self.token_gain is not None:  # from 1 on
+            y = y * (2 * torch.sigmoid(F.linear(skip if x is None else x, self.token_gain.to(y.dtype))))
         if skip is not None:
             y = y + (self.project(skip) if self.project is not None else skip)
         return y.contiguous()  # the next gene was compiled for this layout
 
 
 @functools.lru_cache(maxsize=100_000)
-def block_params(gene: Gene, d_in: int, d_skip: int | None) -> int:
+def block_params(gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame, owns: bool = True) -> int:
+    """Parameters of a Block, those of its op only where it owns them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Block(gene, d_in, d_skip).parameters())
+        block = Block(gene, d_in, d_skip, frame)
+    counted = block.parameters() if owns else (p for name, p in block.named_parameters() if not name.startswith("op."))
+    return sum(p.numel() for p in counted)
 
 
 class Embed(nn.Module):
@@ -1043,7 +1408,7 @@ class ParameterGroups(NamedTuple):
 
     matrices: list[nn.Parameter]  # each (..., out, in)
     vectors: list[nn.Parameter]
-    embedding: nn.Parameter
+    tables: list[nn.Parameter]  # each (rows, width): the embedding first, then those of the ops
     head: nn.Parameter | None  # None where the head is the embedding
 
 
@@ -1058,7 +1423,11 @@ class Model(nn.Module):
         super().__init__()
         self.genome = genome
         self.embed = Embed(vocab_size, genome.embed_dim, dtype)
-        self.blocks = nn.ModuleList(Block(node.gene, node.d_in, node.d_skip) for node in genome.network)
+        self.blocks = nn.ModuleList()
+        frame = Frame(vocab_size, genome.embed_dim, dtype)
+        for node in genome.network:
+            owner = None if node.owner is None else self.blocks[node.owner]
+            self.blocks.append(Block(node.gene, node.d_in, node.d_skip, frame, owner))
         self.head = Head(vocab_size, genome.d_out, genome.embed_dim if genome.tied else None)
 
     def forward(self, idx, targets=None, reduction="mean"):
@@ -1066,18 +1435,21 @@ class Model(nn.Module):
         assert idx.size(1) <= MAX_SEQ_LEN, f"{idx.size(1)} tokens at once, over MAX_SEQ_LEN = {MAX_SEQ_LEN}"
         states = [self.embed(idx)]  # (B, T, embed_dim)
         for node, block in zip(self.genome.network, self.blocks, strict=True):
-            states.append(block(states[node.source], None if node.skip is None else states[node.skip]))
+            x, skip = (None if state is None else states[state] for state in (node.source, node.skip))
+            reads = node.gene.reads
+            states.append(block(x, skip, idx if "ids" in reads else None, states[0] if "embedding" in reads else None))
         out = self.head(states[-1], self.embed.table if self.genome.tied else None, targets)
         return out.mean() if targets is not None and reduction == "mean" else out
 
     def parameter_groups(self) -> ParameterGroups:
-        """Every parameter once. Matrices are those called `weight` in the blocks, and the projection of a tied head."""
-        matrices, vectors = [], []
+        """Every parameter once. In the blocks those called `weight` are matrices, and those called `table` tables."""
+        matrices, vectors, tables = [], [], [self.embed.table]
         for name, p in self.blocks.named_parameters():
-            (matrices if name.endswith(".weight") and p.dim() >= 2 else vectors).append(p)
+            kind = name.rpartition(".")[2] if p.dim() >= 2 else ""
+            {"weight": matrices, "table": tables}.get(kind, vectors).append(p)
         if self.head.project is not None:
             matrices.append(self.head.project.weight)
-        return ParameterGroups(matrices, vectors, self.embed.table, self.head.matrix)
+        return ParameterGroups(matrices, vectors, tables, self.head.matrix)
 
     def compile(self, rows: int, seq_len: int) -> str:
         """Compile every part for batches of (rows, seq_len), the only ones that it takes from then on; see below.
@@ -1095,17 +1467,21 @@ class Model(nn.Module):
             dtype = self.embed.dtype
             return torch.empty(rows, seq_len, width, dtype=dtype, device=table.device, requires_grad=True)
 
-        idx = torch.zeros(
-            rows, seq_len, dtype=torch.int64, device=table.device
-        )  # read, where the compiler skips a part
+        # read, where the compiler skips a part
+        idx = torch.zeros(rows, seq_len, dtype=torch.int64, device=table.device)
         compile_one(self.embed, ("embed", self.genome.embed_dim), [idx])
         for node, block in zip(self.genome.network, self.blocks, strict=True):
             if not OPS[node.gene.op].compiles:
                 eager.add(node.gene.op)
                 continue
-            x, around = stream(node.d_in), node.skip == node.source  # a residual reads one tensor twice
-            skip = None if node.skip is None else x if around else stream(node.d_skip)
-            compile_one(block, (node.gene.op, node.gene.bare, node.d_in, node.d_skip, around), [x, skip])
+            reads = node.gene.reads
+            states = [node.source, node.skip, 0 if "embedding" in reads else None]
+            widths = [node.d_in, node.d_skip, self.genome.embed_dim]
+            streams = {state: stream(width) for state, width in zip(states, widths, strict=True) if state is not None}
+            x, skip, embedding = (streams.get(state) for state in states)
+            alike = tuple(states.index(state) for state in states)  # a residual reads one tensor twice
+            key = (node.gene.op, node.gene.bare, node.d_in, node.d_skip, embedding is not None and widths[2], alike)
+            compile_one(block, key, [x, skip, idx if "ids" in reads else None, embedding])
         tied = table if self.genome.tied else None
         key = ("head", self.genome.d_out, self.genome.tied and self.genome.embed_dim)
         compile_one(self.head, key, [stream(self.genome.d_out), tied, idx])
@@ -1224,13 +1600,15 @@ def rule_broken(op: str, traits: dict, d_in: int, d_out: int, dtype: torch.dtype
     """Which rule an op breaks when it is built, counted, and run on x (2, 8, d_in); or an empty string."""
     doing = "built"
     try:
-        gene = Gene(op, None if OPS[op].keeps_width else d_out, skip=1, **traits)
-        block = Block(gene, d_in, d_skip=d_in)
+        gene, frame = Gene(op, None if OPS[op].keeps_width else d_out, skip=1, **traits), Frame(64, d_in, dtype)
+        block = Block(gene, d_in if "stream" in gene.reads else None, d_in, frame)
         doing = "counted, which builds it without memory on the device meta,"
         for width in WIDTHS:
-            block_params(gene if gene.dim is None else gene.change(dim=width), width, width)
+            block_params(gene if gene.dim is None else gene.change(dim=width), block.d_in and width, width, frame)
         doing = f"run in {dtype}"
-        y = block.op(torch.randn(2, 8, d_in, dtype=dtype, requires_grad=True) * 1)
+        stream, ids = torch.randn(2, 8, d_in, dtype=dtype, requires_grad=True) * 1, torch.arange(16).view(2, 8)
+        given = {"stream": stream, "ids": ids, "embedding": stream}
+        y = block.op(*(given[name] for name in gene.reads))
     except Exception as error:  # whatever an op may raise
         return f"cannot be {doing}: {type(error).__name__}: {error}"
     if not isinstance(y, torch.Tensor) or y.shape != (2, 8, d_out):
@@ -1260,32 +1638,54 @@ class Child(NamedTuple):
 
 
 def fit_distances(genes: list[Gene]) -> tuple[Gene, ...]:
-    """Shorten distances that reach beyond the embedding to reach the embedding."""
+    """Shorten distances that reach beyond the embedding to reach the embedding; weights from there are one's own."""
     fitted = []
     for i, gene in enumerate(genes, start=1):
-        if gene.input > i or gene.skip > i:
-            gene = gene.change(input=min(gene.input, i), skip=min(gene.skip, i))
+        if gene.input > i or gene.skip > i or gene.share >= i:
+            share = gene.share if gene.share < i else 0
+            gene = gene.change(input=min(gene.input, i), skip=min(gene.skip, i), share=share)
         fitted.append(gene)
     return tuple(fitted)
 
 
-def random_gene(rng: random.Random, dim: int) -> Gene:
-    """A random op, `dim` wide where it has a width, with its usual traits, half the time but for one of them."""
-    op = rng.choice(list(OPS))
-    traits = {}
-    if OPS[op].traits and rng.random() < 0.5:
-        name = rng.choice(list(OPS[op].traits))
-        traits[name] = rng.choice(OPS[op].traits[name][1:])
+def moved(genome: Genome, start: int, stop: int, to: int) -> list[Gene]:
+    """The genes of that run as they stand at place `to`: a link out of it to the embedding still reaches that."""
+    run = []
+    for k, gene in enumerate(genome.genes[start:stop], start=1):
+        far = [name for name in ("input", "skip") if getattr(gene, name) == start + k and (start or k > LONGEST_BRANCH)]
+        run.append(gene.change(**dict.fromkeys(far, min(to + k, MAX_GENES))))
+    return run
+
+
+def mostly_usual(rng: random.Random, choices: tuple):
+    """The first of the choices, or with a chance of UNUSUAL each, one of the others."""
+    return rng.choice(choices[1:]) if rng.random() < UNUSUAL * len(choices[1:]) else choices[0]
+
+
+def random_gene(rng: random.Random, dim: int, ops: list[str] | None = None) -> Gene:
+    """A random op (of those), `dim` wide where it has a width; half the time with its usual traits."""
+    op = rng.choice(ops or list(OPS))
+    traits = OPS[op].traits if rng.random() < 0.5 else {}
+    traits = {name: mostly_usual(rng, choices) for name, choices in traits.items()}
     activation = rng.choice(list(ACTIVATIONS)) if rng.random() < 0.25 else "none"
-    return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=rng.choice((0, 1)), **traits)
+    stride = rng.choice(WIRING["stride"]) if rng.random() < 0.1 else 1
+    return Gene(op, None if OPS[op].keeps_width else dim, activation, skip=rng.choice((0, 1)), stride=stride, **traits)
 
 
-def random_piece(rng: random.Random, dim: int) -> list[Gene]:
-    """A random gene, mostly as a residual branch with a norm before it (He et al. 2016; Xiong et al. 2020)."""
-    gene = random_gene(rng, dim)
+def random_piece(rng: random.Random, dim: int, ops: list[str] | None = None) -> list[Gene]:
+    """A random gene, mostly as a residual branch with a norm before it (He et al. 2016; Xiong et al. 2020).
+
+    A table may be narrower than the stream, with a matrix behind it, and then has room for more rows.
+    """
+    gene = random_gene(rng, dim, ops)
     if gene.op in ("norm", "identity") or rng.random() < 0.25:
         return [gene]
-    return [Gene("norm"), gene.change(skip=2)]
+    piece = [Gene("norm"), gene] if "stream" in gene.reads else [gene]
+    if OPS[gene.op].without_table(dict(gene.traits)) is None and rng.random() < 0.7:
+        rows = {name: rng.choice(choices) for name, choices in OPS[gene.op].traits.items() if name == "slots"}
+        piece[-1:] = [gene.change(dim=min(WIDTHS), skip=0, **rows), Gene("linear", dim)]
+    scale = rng.choice(WIRING["scale"]) if rng.random() < 0.25 else "none"
+    return [*piece[:-1], piece[-1].change(skip=len(piece), scale=scale)]
 
 
 def random_genome(rng: random.Random) -> Genome:
@@ -1308,6 +1708,13 @@ def with_gene(genome: Genome, i: int, gene: Gene) -> Genome:
     return replace(genome, genes=fit_distances([*genome.genes[:i], gene, *genome.genes[i + 1 :]]))
 
 
+def with_weights_changed(genome: Genome, rng: random.Random, i: int, **changes) -> Genome:
+    """Gene i changed so that other weights fit it; half the time all that share weights with it change alike."""
+    for j in genome.sharing_with(i) if rng.random() < 0.5 else [i]:
+        genome = with_gene(genome, j, genome.genes[j].change(**changes))
+    return genome
+
+
 def change_gene(genome: Genome, rng: random.Random, change) -> Genome:
     """Replace one gene by change(gene)."""
     i = rng.randrange(len(genome.genes))
@@ -1323,7 +1730,12 @@ def change_op(genome, rng):
     i = rng.randrange(len(genome.genes))
     old = genome.genes[i]
     new = random_gene(rng, old.dim or width_near(genome, i))
-    return with_gene(genome, i, new.change(input=old.input, skip=old.skip, activation=old.activation))
+    keeps = {name: getattr(old, name) for name in ("activation", "repeat", "stride")}
+    genes = list(genome.genes)
+    for j in genome.sharing_with(i) if rng.random() < 0.5 else [i]:
+        links = {name: getattr(genes[j], name) for name in ("input", "skip", "share", "scale")}
+        genes[j] = new.change(**links, **keeps)
+    return replace(genome, genes=fit_distances(genes))
 
 
 def change_width(genome, rng):
@@ -1332,7 +1744,7 @@ def change_width(genome, rng):
         sized = [i for i, gene in enumerate(genome.genes) if gene.dim]
         if sized:
             i = rng.choice(sized)
-            return with_gene(genome, i, genome.genes[i].change(dim=other(rng, WIDTHS, genome.genes[i].dim)))
+            return with_weights_changed(genome, rng, i, dim=other(rng, WIDTHS, genome.genes[i].dim))
     step = rng.choice((-1, 1))
 
     def resized(dim):
@@ -1347,16 +1759,27 @@ def change_activation(genome, rng):
     return change_gene(genome, rng, lambda g: g.change(activation=other(rng, ACTIVATIONS, g.activation)))
 
 
+def change_link(genome, rng, name, smallest):
+    i = rng.randrange(len(genome.genes))
+    gene = genome.genes[i]
+    further = sorted({*range(smallest, MAX_DISTANCE + 1), i + 1})  # near, or to the embedding
+    return with_gene(genome, i, gene.change(**{name: other(rng, further, getattr(gene, name))}))
+
+
 def change_skip(genome, rng):
-    return change_gene(genome, rng, lambda g: g.change(skip=other(rng, range(MAX_DISTANCE + 1), g.skip)))
+    return change_link(genome, rng, "skip", 0)
 
 
 def change_input(genome, rng):
-    return change_gene(genome, rng, lambda g: g.change(input=other(rng, range(1, MAX_DISTANCE + 1), g.input)))
+    return change_link(genome, rng, "input", 1)
 
 
 def change_repeat(genome, rng):
     return change_gene(genome, rng, lambda g: g.change(repeat=other(rng, WIRING["repeat"], g.repeat)))
+
+
+def change_stride(genome, rng):
+    return change_gene(genome, rng, lambda g: g.change(stride=other(rng, WIRING["stride"], g.stride)))
 
 
 def change_scale(genome, rng):
@@ -1365,7 +1788,19 @@ def change_scale(genome, rng):
     if not branches:
         return genome
     i = rng.choice(branches)
-    return with_gene(genome, i, genome.genes[i].change(scale=not genome.genes[i].scale))
+    gene = genome.genes[i]
+    return with_gene(genome, i, gene.change(scale=other(rng, WIRING["scale"], gene.scale)))
+
+
+def change_share(genome, rng):
+    """One gene's weights become those of an earlier one, or its own."""
+    genes = genome.genes
+    pairs = [(i, i - j) for i in range(len(genes)) for j in range(i) if genes[i].dim and genes[i].can_share(genes[j])]
+    pairs += [(i, 0) for i, gene in enumerate(genes) if gene.share]
+    if not pairs:
+        return genome
+    i, share = rng.choice(pairs)
+    return with_gene(genome, i, genes[i].change(share=share))
 
 
 def change_trait(genome, rng):
@@ -1374,8 +1809,8 @@ def change_trait(genome, rng):
     if not traits:
         return genome
     i, name, value = rng.choice(traits)
-    gene = genome.genes[i]
-    return with_gene(genome, i, gene.change(**{name: other(rng, OPS[gene.op].traits[name], value)}))
+    value = other(rng, OPS[genome.genes[i].op].traits[name], value)
+    return with_weights_changed(genome, rng, i, **{name: value})
 
 
 def change_training(genome, rng):
@@ -1394,21 +1829,29 @@ def spliced(genome: Genome, start: int, stop: int, genes) -> Genome:
         return genome
     rest = []
     for state, gene in enumerate(genome.genes[stop:], start=stop + 1):
-        reach = {name: getattr(gene, name) for name in ("input", "skip")}
-        moved = {name: d + growth for name, d in reach.items() if d and state - d <= start and state - d < stop}
-        rest.append(gene.change(**moved))
+        reach = {name: getattr(gene, name) for name in ("input", "skip", "share")}
+        over = {
+            name: d + growth
+            for name, d in reach.items()
+            if d and state - d <= start and (state - d < stop or name == "share" or d == state > LONGEST_BRANCH)
+        }
+        rest.append(gene.change(**over))
     return replace(genome, genes=fit_distances([*genome.genes[:start], *genes, *rest]))
 
 
 def clean_cuts(genome: Genome) -> list[int]:
-    """Places between genes that no later gene reaches over, the start and the end among them."""
+    """Places between genes that no later gene reaches over, the start and the end among them.
+
+    A link from afar to the embedding does not count: whatever is moved, it still reaches that.
+    """
     cuts, reach = [], len(genome.genes)  # the earliest state that the genes behind the place read
     for place in range(len(genome.genes), -1, -1):
         if reach >= place:
             cuts.append(place)
         if place:
             gene = genome.genes[place - 1]
-            reach = min(reach, place - max(gene.input, gene.skip))
+            near = [d for d in (gene.input, gene.skip) if d < place or d <= LONGEST_BRANCH]
+            reach = min([reach, *(place - d for d in near)])
     return cuts[::-1]
 
 
@@ -1426,9 +1869,26 @@ def add_gene(genome, rng):
     return spliced(genome, i, i, random_piece(rng, width_near(genome, i)))
 
 
+def add_block(genome, rng):
+    """A block of a new kind: two residual branches, one that mixes tokens and one that mixes channels."""
+    i, sized = rng.choice(clean_cuts(genome)), [op for op, cls in OPS.items() if not cls.keeps_width]
+    kinds = [[op for op in sized if OPS[op].mixes_tokens is mixes] for mixes in (True, False)]
+    dim = width_near(genome, i)
+    return spliced(genome, i, i, [gene for ops in kinds for gene in random_piece(rng, dim, ops)])
+
+
+def add_link(genome, rng):
+    """An earlier state, half the time the embedding, is added to the stream, by a gain that starts small or at 0."""
+    i = rng.choice(clean_cuts(genome)[1:])
+    back = i + 1 if rng.random() < 0.5 else rng.randint(1, i + 1)
+    link = Gene("identity", input=back, skip=1, scale=rng.choice(("small", "zero")))
+    return spliced(genome, i, i, [link])
+
+
 def branch_start(genome: Genome, i: int) -> int:
     """The first gene of the residual branch that gene i closes, which is what its skip reaches over; else i itself."""
-    return max(0, i + 1 - max(1, genome.genes[i].skip))
+    skip = genome.genes[i].skip
+    return i + 1 - skip if 1 <= skip <= LONGEST_BRANCH else i
 
 
 def remove_gene(genome, rng):
@@ -1444,14 +1904,22 @@ def swap_runs(genome, rng):
         return genome
     i, j, k = sorted(rng.sample(cuts, 3))
     genes = genome.genes
-    return replace(genome, genes=fit_distances([*genes[:i], *genes[j:k], *genes[i:j], *genes[k:]]))
+    swapped = [*moved(genome, j, k, to=i), *moved(genome, i, j, to=i + k - j)]
+    return replace(genome, genes=fit_distances([*genes[:i], *swapped, *genes[k:]]))
 
 
 def duplicate_run(genome, rng):
     """A run of genes once more, behind itself or elsewhere."""
     start, stop = random_run(genome, rng)
     at = stop if rng.random() < 0.7 else rng.choice(clean_cuts(genome))
-    return spliced(genome, at, at, genome.genes[start:stop])
+    return spliced(genome, at, at, moved(genome, start, stop, to=at))
+
+
+def share_run(genome, rng):
+    """A run of genes once more behind itself, with the same weights (depth recurrence; Dehghani et al. 2019)."""
+    start, stop = random_run(genome, rng)
+    again = [gene.change(share=stop - start) for gene in moved(genome, start, stop, to=stop)]
+    return spliced(genome, stop, stop, again)
 
 
 def remove_run(genome, rng):
@@ -1464,14 +1932,19 @@ MUTATIONS = {  # name: (function of a genome and an rng, how often it is drawn)
     "change_activation": (change_activation, 1),
     "change_skip": (change_skip, 1.5),
     "change_input": (change_input, 1),
-    "change_repeat": (change_repeat, 0.5),
-    "change_scale": (change_scale, 0.5),
-    "change_trait": (change_trait, 3),
+    "change_repeat": (change_repeat, 1),
+    "change_stride": (change_stride, 0.5),
+    "change_scale": (change_scale, 1),
+    "change_share": (change_share, 0.5),
+    "change_trait": (change_trait, 4),
     "change_training": (change_training, 1.5),
-    "add_gene": (add_gene, 5),
+    "add_gene": (add_gene, 4),
+    "add_block": (add_block, 2),
+    "add_link": (add_link, 1),
     "remove_gene": (remove_gene, 1.5),
     "swap_runs": (swap_runs, 1),
     "duplicate_run": (duplicate_run, 3),
+    "share_run": (share_run, 1),
     "remove_run": (remove_run, 0.5),
 }
 
@@ -1502,7 +1975,7 @@ def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:
             i = k = rng.choice(clean_cuts(a))  # nothing of a is lost
         elif len(aligned) > 2 and rng.random() < 0.8:
             (i, j), (k, l) = sorted(rng.sample(aligned, 2))
-        child = spliced(a, i, k, b.genes[j:l])
+        child = spliced(a, i, k, moved(b, j, l, to=i))
         child = replace(child, **{name: getattr(rng.choice((a, b)), name) for name in ("lr_factor", "tied")})
         if child.key not in (a.key, b.key):
             return Child(child, "crossover")
@@ -1528,6 +2001,27 @@ def transformer(
     return Genome(block * n_layer, embed_dim=dim, lr_factor=lr_factor, tied=tied)
 
 
+def modern(
+    n_layer: int, dim: int, heads: int = 2, lr_factor: float = 1.0, tied: bool = False, mlp: str = "relu2",
+    x0: bool = True, values: str = "none", conv: int = 0,
+) -> Genome:  # fmt: skip
+    """The transformer as people build it by hand today (modded-nanogpt 2024, nanochat 2025, autoresearch 2026).
+
+    mlp: plain with relu squared, or swiglu. x0: the embedding is added before each layer but the first. values: the
+    layers whose values get an embedding of the token. conv: tokens of Primer's convolution.
+    """
+    genes: list[Gene] = []
+    for layers_above in range(n_layer - 1, -1, -1):
+        if x0 and genes:
+            genes.append(Gene("identity", input=len(genes) + 1, skip=1, scale="small"))
+        has_values = {"none": False, "last": layers_above == 0, "half": layers_above % 2 == 0}[values]
+        mixed = {"conv": conv, "values": "token" if has_values else "plain"}
+        form = {"relu2": {"kind": "relu2", "gated": False}, "swiglu": {"kind": "silu"}}[mlp]
+        genes += [Gene("norm"), Gene("attention", dim, skip=2, heads=heads, **mixed)]
+        genes += [Gene("norm"), Gene("gate", dim, skip=2, **form)]
+    return Genome(genes, embed_dim=dim, lr_factor=lr_factor, tied=tied)
+
+
 def convnet(n_layer: int, dim: int) -> Genome:
     """Dense convolutions in place of attention."""
     block = (Gene("norm"), Gene("conv1d", dim, skip=2, kernel=4, kind="dense"), Gene("norm"), Gene("gate", dim, skip=2))
@@ -1547,11 +2041,15 @@ def mlp(n_layer: int, dim: int) -> Genome:
 class Family(NamedTuple):
     """A kind of design that evolve.py tunes before it searches: design(n_layer, dim, **traits) makes one.
 
-    traits: what is tuned beside depth and width, each with its choices, the usual one first.
+    traits: what is tuned beside depth and width, each with its choices, the usual one first. start: the family from
+    whose best design the tuning starts, by its own traits first; None: from a line of sizes. effort: its share of
+    BASELINE_TRIALS.
     """
 
     design: Callable[..., Genome]
     traits: dict[str, tuple]
+    start: str | None = None
+    effort: float = 1.0
 
 
 FAMILIES = {
@@ -1563,7 +2061,21 @@ FAMILIES = {
             "tied": GENOME_TRAITS["tied"],
             "expansion": Gate.traits["expansion"],
         },
-    )
+    ),
+    "modern": Family(
+        modern,
+        {
+            "conv": Attention.traits["conv"],
+            "values": ("none", "last", "half"),
+            "mlp": ("relu2", "swiglu"),
+            "x0": (True, False),
+            "heads": Attention.traits["heads"],
+            "lr_factor": GENOME_TRAITS["lr_factor"],
+            "tied": GENOME_TRAITS["tied"],
+        },
+        start="transformer",
+        effort=0.5,
+    ),
 }
 LEVELS = {"convnet-4x256": convnet(4, 256), "gru-1x384": gru_net(1, 384), "mlp-4x256": mlp(4, 256)}  # as they are
 
@@ -1571,7 +2083,11 @@ LEVELS = {"convnet-4x256": convnet(4, 256), "gru-1x384": gru_net(1, 384), "mlp-4
 def pruned(genome: Genome) -> Genome:
     """The same network without the genes that are no part of it."""
     genes = [
-        node.gene.change(input=state - node.source, skip=0 if node.skip is None else state - node.skip)
+        node.gene.change(
+            input=1 if node.source is None else state - node.source,
+            skip=0 if node.skip is None else state - node.skip,
+            share=0 if node.owner is None else state - 1 - node.owner,
+        )
         for state, node in enumerate(genome.network, start=1)
     ]
     return replace(genome, genes=genes) if genes else genome
@@ -1595,17 +2111,26 @@ def repeated_run(genome: Genome) -> tuple[int, int]:
     return 0, len(genome.genes)
 
 
+def without_table(gene: Gene) -> Gene:
+    """The gene without its table: an identity in its place where it is nothing else."""
+    traits = OPS[gene.op].without_table(dict(gene.traits))
+    return Gene("identity", input=gene.skip or 1) if traits is None else gene.change(**traits)
+
+
 def grown(genome: Genome, times: int) -> Genome:
     """The design with its repeated run so many times more: (norm→attention→norm→gate)×6 is one of 6 + times layers.
 
-    Raises GenomeError where that is too many genes.
+    Tables are not copied. Raises GenomeError where that is too many genes.
     """
     genome = pruned(genome)
     start, stop = repeated_run(genome)
-    more = genome.genes[start:stop] * times
-    if len(genome.genes) + len(more) > MAX_GENES:
-        raise GenomeError(f"{len(genome.genes) + len(more)} genes, over MAX_GENES = {MAX_GENES}")
-    return spliced(genome, stop, stop, more)
+    design = genome
+    for at in range(stop, stop + times * (stop - start), stop - start):
+        if len(design.genes) + stop - start > MAX_GENES:
+            raise GenomeError(f"{len(design.genes) + stop - start} genes, over MAX_GENES = {MAX_GENES}")
+        more = [without_table(gene) for gene in moved(genome, start, stop, to=at)]
+        design = spliced(design, at, at, more)
+    return pruned(design)
 
 
 def scaled(genome: Genome, factor: float) -> Genome:
@@ -1627,18 +2152,47 @@ def scaled(genome: Genome, factor: float) -> Genome:
     return replace(genome, genes=genes, embed_dim=wider(genome.embed_dim))
 
 
+def drifted(rng: random.Random, newcomers: int = 300, vocab_size: int = 8_192, max_params: int = 10_000_000):
+    """The genomes of a run without selection: as evolve.py breeds them, but all that were bred are parents alike."""
+    family: list[Genome] = []
+    while len(family) < newcomers:
+        if len(family) < 12 or rng.random() < 1 / 12:
+            genome = random_genome(rng)
+        elif rng.random() < 0.3:
+            genome = crossover(*rng.sample(family, 2), rng).genome
+        else:
+            genome = mutate(rng.choice(family), rng, 0.3).genome
+        if genome.mixes_tokens and genome.num_params(vocab_size) <= max_params:
+            family.append(genome)
+    return family
+
+
+def choices_in(genome: Genome) -> set[tuple]:
+    """What stands in its network: (op,), (op, trait, choice), and (any, trait, choice) of the wiring."""
+    genes = [node.gene for node in genome.network]
+    found = {(gene.op,) for gene in genes} | {(gene.op, *trait) for gene in genes for trait in gene.traits}
+    found |= {("any", name, getattr(gene, name)) for gene in genes for name in WIRING}
+    return found | {("any", "share", node.owner is not None) for node in genome.network}
+
+
+def print_choices(op: str, share: str, traits: dict[str, tuple], counts: collections.Counter, runs: int):
+    print(f"{op:<12}{share}")
+    for trait, choices in traits.items():
+        print(f"{'':<14}{trait:<15}" + "   ".join(f"{c} {counts[op, trait, c] / runs:.0f}" for c in choices))
+
+
 def main():
-    rng = random.Random(0)
-    genomes = [random_genome(rng) for _ in range(1000)]
-    print(f"{'op':<12} {'mixes tokens':<13} traits (default first)")
-    for name, op in OPS.items():
-        traits = ", ".join(f"{trait} {'/'.join(map(str, choices))}" for trait, choices in op.traits.items())
-        print(f"{name:<12} {'yes' if op.mixes_tokens else 'no':<13} {traits}")
+    """How often each choice is to be expected in the networks of 300 newcomers, if all are worth the same."""
+    runs = 12
+    families = [drifted(random.Random(n)) for n in range(runs)]
+    counts = collections.Counter(c for family in families for genome in family for c in choices_in(genome))
+    print("Networks out of 300 newcomers' in which each is to be expected without selection; the usual choice first\n")
+    for op, cls in OPS.items():
+        print_choices(op, f"{counts[op,] / runs:5.0f}", cls.traits, counts, runs)
+    print_choices("any", "", {**WIRING, "share": (False, True)}, counts, runs)
+    genomes = [genome for family in families for genome in family]
     depth = sum(len(genome.network) for genome in genomes) / len(genomes)
-    mixing = sum(genome.mixes_tokens for genome in genomes) / len(genomes)
-    large = sum(genome.num_params(8192) > 10_000_000 for genome in genomes) / len(genomes)
-    print(f"\n1,000 random genomes: {depth:.1f} genes in the network, {mixing:.0%} mix tokens, "
-          f"{large:.0%} have over 10 M parameters (8,192 tokens)")  # fmt: skip
+    print(f"\n{len(genomes)} genomes: {depth:.1f} genes in the network")
 
 
 if __name__ == "__main__":

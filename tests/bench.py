@@ -14,7 +14,7 @@ parts    best_genome.json without one of its parts at a time, 10 s, three seeds 
 hurdle   children of best_genome.json to their end, by kind: how each tenth of the loss curve ranks them, and whom the
          hurdle would stop wrongly
 fidelity a dozen unlike genomes at a quarter, a half, one and two times the budget: how one budget ranks for another
-variants networks made by hand near the published winner, and transformers, 5 s each: is anything better near it?
+worth    what each choice of the search space adds to a transformer or to best_genome.json, 10 s, three seeds each
 """
 
 import argparse
@@ -35,12 +35,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from designs import NAMED_DESIGNS
-from variants import near_the_winner
 
 import evolve
 import genome as genomes
 import prepare
-from genome import COMPILED, LEVELS, OPS, Block, Gene, Genome, compile_part, random_genome, transformer
+from genome import COMPILED, LEVELS, OPS, Block, Frame, Gene, Genome, compile_part, random_genome, transformer
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
 REFERENCE = transformer(6, 256, 2)
@@ -227,13 +226,16 @@ def bpb(data, settings, seeds, budgets=(5.0, 10.0, 30.0)):
 
 
 def every_gene(dim: int):
-    """Every op with its defaults, and with each other choice of each trait."""
+    """Every op with its defaults, and with each other choice of each trait; the wiring's choices on a gate."""
     for name, op in OPS.items():
         width = None if op.keeps_width else dim
         yield Gene(name, width)
         for trait, choices in op.traits.items():
             for choice in choices[1:]:
                 yield Gene(name, width, **{trait: choice})
+    for trait, choices in genomes.WIRING.items():
+        for choice in choices[1:]:
+            yield Gene("gate", dim, skip=int(trait == "scale"), **{trait: choice})
 
 
 def ops(data, settings, dim=256):
@@ -242,18 +244,26 @@ def ops(data, settings, dim=256):
     COMPILED.clear()
     for gene in every_gene(dim):
         held = torch.cuda.memory_allocated()
-        block = Block(gene, dim, None).cuda()
-        x = torch.randn(rows, settings.seq_len, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        reads = gene.reads
+        frame = Frame(data.vocab_size, dim, torch.bfloat16)
+        block = Block(gene, dim if "stream" in reads else None, dim if gene.skip else None, frame).cuda()
+        stream, embedding = (
+            torch.randn(rows, settings.seq_len, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(2)
+        )
+        ids = torch.randint(data.vocab_size, (rows, settings.seq_len), device="cuda")
+        x, embedding = stream if "stream" in reads else None, embedding if "embedding" in reads else None
+        inputs = [x, stream if gene.skip else None, ids if "ids" in reads else None, embedding]
         start = time.perf_counter()
         reason = "not compiled by choice"
         if OPS[gene.op].compiles:
-            reason = compile_part(block, ("bench", gene, dim), [x, None])
-        params = list(block.parameters())
-        y = block(x).detach()  # detached: a graph that lives on would keep the step from being captured
+            reason = compile_part(block, ("bench", gene, dim), inputs)
+        wanted = [t for t in (x, embedding, *block.parameters()) if t is not None]
+        y = block(*inputs).detach()  # detached: a graph that lives on would keep the step from being captured
         out = torch.randn_like(y)
 
-        def work(block=block, x=x, out=out, params=params):
-            torch.autograd.grad(block(x), [x, *params], out)
+        def work(block=block, inputs=inputs, out=out, wanted=wanted):
+            torch.autograd.grad(block(*inputs), wanted, out)
 
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -272,13 +282,13 @@ def ops(data, settings, dim=256):
             graph.replay()
         end.record()
         torch.cuda.synchronize()
-        usual = dict(Gene(gene.op, gene.dim).traits)
-        changed = ", ".join(f"{trait} {value}" for trait, value in gene.traits if usual[trait] != value)
+        usual = Gene(gene.op, gene.dim).to_dict()
+        changed = ", ".join(f"{trait} {value}" for trait, value in gene.to_dict().items() if usual[trait] != value)
         finite = "" if y.isfinite().all() else "NOT FINITE "
         peak = (torch.cuda.max_memory_allocated() - held) / 2**30
         print(f"  {gene.op:<11} {changed:<30} {begin.elapsed_time(end) / 20:7.3f} ms   peak {peak:5.2f} GiB   "
               f"first use {first_s:5.1f} s   {finite}{reason}", flush=True)  # fmt: skip
-        del block, x, y, out, params, work, graph
+        del block, stream, x, embedding, inputs, y, out, wanted, work, graph
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -470,24 +480,115 @@ def fidelity(data, settings, budgets=(0.25, 0.5, 1.0, 2.0)):
               + f"     {with_interval(half, scores[a])}", flush=True)  # fmt: skip
 
 
-def variants(data, settings, seeds):
-    print(f"near the published winner, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    scores = scores_of({**near_the_winner(), **TRANSFORMERS}, settings, data, seeds)
-    means = {name: statistics.fmean(mine) for name, mine in scores.items()}
-    for name in sorted(means, key=lambda name: (math.isnan(means[name]), means[name])):
-        print(f"  {means[name]:.4f}  {name}")
+def everywhere(genome: Genome, op: str, **changes) -> Genome:
+    """The genome with those traits in every gene of an op."""
+    return dataclasses.replace(genome, genes=[g.change(**changes) if g.op == op else g for g in genome.genes])
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, bpb, ops, soak, designs, parts, hurdle, fidelity, variants)}
-SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0, "variants": 5.0}
-SEEDS = {"bpb": 3, "parts": 3, "variants": 1}
+def in_the_last(genome: Genome, op: str, **changes) -> Genome:
+    i = max(i for i, gene in enumerate(genome.genes) if gene.op == op)
+    return genomes.with_gene(genome, i, genome.genes[i].change(**changes))
+
+
+def in_front(genome: Genome, *genes: Gene) -> Genome:
+    return genomes.spliced(genome, 0, 0, genes)
+
+
+def linked(genome: Genome, every: int, scale: str) -> Genome:
+    """The embedding added before every so many genes but the first, by a gain."""
+    genes: list[Gene] = []
+    for i, gene in enumerate(genome.genes):
+        if i and i % every == 0:
+            genes.append(Gene("identity", input=len(genes) + 1, skip=1, scale=scale))
+        genes.append(gene)
+    return dataclasses.replace(genome, genes=genes)
+
+
+def additions() -> dict[str, tuple[Genome, Genome]]:
+    """What is added, with the gene that it changes -> a design without it and one with it.
+
+    t4 is a transformer of 4 layers, t4x2 the same layers twice, w the winner of best_genome.json; all with tied heads,
+    so that tables have room.
+    """
+    t4, w = transformer(4, 256, tied=True), dataclasses.replace(the_winner(), tied=True)
+    made = {}
+    for name, base in {"t4": t4, "w": w}.items():
+        for traits in ({}, {"gated": False}, {"n": 1}, {"n": 3}, {"signs": True}, {"slots": 4096}, {"slots": 16384}):
+            words = " ".join(f"{k} {v}" for k, v in traits.items())
+            table = Gene("ngram", 256, skip=1, **traits)
+            made[f"{name}: ngram in front, {words or 'as usual'}"] = base, in_front(base, table)
+        narrow = [Gene("ngram", 64, slots=32768), Gene("linear", 256, skip=2)]
+        made[f"{name}: ngram in front, slots 32768, width 64"] = base, in_front(base, *narrow)
+        for choice in (2, 3, 4):
+            made[f"{name}: conv {choice} in attention"] = base, everywhere(base, "attention", conv=choice)
+        for choice in ("token", "bigram", "embedding"):
+            made[f"{name}: values {choice} in the last attention"] = base, in_the_last(base, "attention", values=choice)
+        made[f"{name}: exclusive attention"] = base, everywhere(base, "attention", exclusive=True)
+    for trait, choices in {"rope_base": (1_000, 100_000), "rope_share": (0.5, 0.25), "window": (64, 256)}.items():
+        for choice in choices:
+            made[f"t4: {trait} {choice}"] = t4, everywhere(t4, "attention", **{trait: choice})
+    for pattern in ("dilated", "global"):
+        with_it = everywhere(t4, "attention", window=256, pattern=pattern)
+        made[f"t4: window 256 {pattern}"] = t4, with_it
+    made["t4: values embedding in every attention"] = t4, everywhere(t4, "attention", values="embedding")
+    for kind in ("relu2", "leaky_relu2"):
+        made[f"t4: gate {kind}"] = t4, everywhere(t4, "gate", kind=kind)
+        made[f"t4: plain {kind}"] = t4, everywhere(t4, "gate", kind=kind, gated=False)
+    made["t4: plain gelu"] = t4, everywhere(t4, "gate", kind="gelu", gated=False)
+    made["w: shift by token"] = w, everywhere(w, "shift", mix="token")
+    for scale in ("small", "zero"):
+        made[f"t4: x0 before each layer, {scale}"] = t4, linked(t4, 4, scale)
+    for scale in ("channel", "small", "zero", "token"):
+        changed = everywhere(everywhere(t4, "attention", scale=scale), "gate", scale=scale)
+        made[f"t4: scale {scale} in every branch"] = t4, changed
+    made["t4: stride 2 in every gate"] = t4, everywhere(t4, "gate", stride=2)
+    made["t4: stride 2 in the last attention"] = t4, in_the_last(t4, "attention", stride=2)
+    twice = dataclasses.replace(t4, genes=[*t4.genes, *(gene.change(share=16) for gene in t4.genes)])
+    made["t4x2: shared weights, against 8 layers"] = transformer(8, 256, tied=True), twice
+    made["t4x2: shared weights, against 4 layers"] = t4, twice
+    adds = dataclasses.replace(w, genes=[Gene("retention", 256, skip=g.skip) if g.op == "ssm" else g for g in w.genes])
+    made["w: retention write delta, for ssm"] = adds, everywhere(adds, "retention", write="delta")
+    return made
+
+
+def worth(data, settings, seeds):
+    """Differences of val_bpb with the same batches and seeds; the noise of a difference is pooled over all."""
+    made = additions()
+    named = {g.key: g for pair in made.values() for g in pair}
+    print(f"{len(made)} additions, {settings.time_budget:g} s, {seeds} seeds; below 0 is better")
+    results: dict[str, list] = {key: [None] * seeds for key in named}
+    for r in evaluated([task_for(g, seed, key) for seed in range(seeds) for key, g in named.items()], settings, data):
+        results[r.id][r.seed] = r if r.status == "ok" else None
+    found = {}
+    for name, (without, with_it) in made.items():
+        pairs = [p for p in zip(results[without.key], results[with_it.key], strict=True) if None not in p]
+        found[name] = [b.val_bpb - a.val_bpb for a, b in pairs]
+    several = [diffs for diffs in found.values() if len(diffs) > 1]
+    noise = math.sqrt(statistics.fmean(statistics.variance(diffs) for diffs in several))
+    interval = 1.96 * noise / seeds**0.5
+    print(f"noise of one difference {noise:.4f}; the 95 % interval of a mean of {seeds} is +-{interval:.4f}")
+    for name, (_, with_it) in made.items():
+        rows = [r for r in results[with_it.key] if r]
+        if not found[name]:
+            print(f"  {name:<55} failed")
+            continue
+        speed = statistics.fmean(b.tokens_per_s for b in rows)
+        before = statistics.fmean(r.tokens_per_s for r in results[made[name][0].key] if r)
+        size, cap = rows[0].params, " OVER MAX_PARAMS" if rows[0].params > settings.max_params else ""
+        print(f"  {name:<55} {statistics.fmean(found[name]):+.4f}   {size / 1e6:5.2f} M parameters{cap}   "
+              f"speed x{speed / before:.3f}", flush=True)  # fmt: skip
+
+
+BENCHMARKS = {f.__name__: f for f in (speed, bpb, ops, soak, designs, parts, hurdle, fidelity, worth)}
+SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0, "worth": 10.0}
+SEEDS = {"bpb": 3, "parts": 3, "worth": 3}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
     parser.add_argument("--seconds", type=float, help="of training in a trial (not of speed, bpb and ops)")
-    parser.add_argument("--seeds", type=int, help="of each genome in bpb, parts and variants")
+    parser.add_argument("--seeds", type=int, help="of each genome in bpb, parts and worth")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """What several of the tests use."""
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -8,6 +9,8 @@ import traceback
 
 import numpy as np
 
+import evolve
+import genome
 from genome import Family, transformer
 
 
@@ -40,6 +43,19 @@ def forked(function):
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def genes_have(params: int):
+    """In the place of genome.block_params: a gene with weights of its own has so many parameters."""
+    return lambda gene, d_in, d_skip, frame, owns=True: params * owns
+
+
+def remember_designs(monkeypatch):
+    """Designs are made, grown and counted once: the plan asks anew with every call, which costs more than all else."""
+    for name, family in genome.FAMILIES.items():
+        monkeypatch.setitem(genome.FAMILIES, name, family._replace(design=functools.cache(family.design)))
+    for name in ("is_small", "grown"):
+        monkeypatch.setattr(evolve, name, functools.cache(getattr(evolve, name)))
 
 
 def family_of_transformers(**traits: tuple) -> dict[str, Family]:

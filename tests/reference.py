@@ -28,13 +28,25 @@ def gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def rope(x):
-    """Turn the pair (x_i, x_(i + D/2)) of token t by t * 10000^(-2i/D), as complex numbers: (T, D)."""
-    T, D = x.shape
-    a, b = x[:, : D // 2], x[:, D // 2 :]
-    angle = torch.arange(T).double()[:, None] * 10_000.0 ** (-2 * torch.arange(D // 2).double() / D)
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp(min=0),
+    "gelu": gelu,
+    "silu": silu,
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+    "tanh": torch.tanh,
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+    "leaky_relu2": lambda x: torch.where(x > 0, x, x / 2) ** 2,
+}
+
+
+def rope(x, base=10_000, share=1.0):
+    """Turn the pair (x_i, x_(i + R/2)) of token t by t * base^(-2i/R), as complex numbers: (T, D), R = share * D."""
+    T, R = len(x), int(share * x.size(1))
+    a, b = x[:, : R // 2], x[:, R // 2 : R]
+    angle = torch.arange(T).double()[:, None] * float(base) ** (-2 * torch.arange(R // 2).double() / R)
     turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    return torch.cat([turned.real, turned.imag, x[:, R:]], dim=-1)
 
 
 def softmax(z):
@@ -58,33 +70,57 @@ NORMALISE = {  # scores of one query -> weights
 }
 
 
+def keys_seen(t, window, pattern="near"):
+    """What the query at t sees: all tokens, or the last `window`, or of every fourth (dilated), or the first 16 too."""
+    step = 4 if pattern == "dilated" else 1
+    seen = [j for j in range(t + 1) if not window or ((t - j) % step == 0 and (t - j) // step < window)]
+    return sorted({*seen, *range(min(t + 1, 16))}) if window and pattern == "global" else seen
+
+
+def ngram_rows(w, rows):
+    """The row of each token of a table, of root mean square 1."""
+    return rms_norm(w[rows])
+
+
 def attention(
-    x, w, heads, kv_heads, qk_norm, position="rope", window=0, similarity="dot", normalisation="softmax", gating="none"
-):
+    x, w, heads, kv_heads, qk_norm, position="rope", rope_base=10_000, rope_share=1.0, window=0, pattern="near",
+    similarity="dot", normalisation="softmax", gating="none", exclusive=False, rows=None, embedding=None,
+):  # fmt: skip
     """Causal self-attention of one sequence (T, C), head by head, query by query.
 
-    Learned temperature, bottleneck of keys and values, and memory tokens are there where w has their weights.
+    Learned temperature, bottleneck of keys and values, memory tokens, a convolution after the projections and values
+    that are mixed with something of the token are there where w has their weights. rows: of the table that is mixed
+    into the values, for each token; or embedding (T, E), where a matrix of it is.
     """
     D, M = w["q.weight"].size(0) // heads, w["memory_k"].size(1) if "memory_k" in w else 0
     source = rms_norm(x @ w["down.weight"].T) if "down.weight" in w else x
     q, k, v = x @ w["q.weight"].T, source @ w["k.weight"].T, source @ w["v.weight"].T
+    if "q_taps" in w:
+        k_taps, v_taps = w["kv_taps"].chunk(2, dim=1)
+        q, k, v = (convolution(y, taps.diag_embed()) for y, taps in ((q, w["q_taps"]), (k, k_taps), (v, v_taps)))
+    if "mix_gate" in w:
+        more = ngram_rows(w["mixed_in.table"], rows) if rows is not None else embedding @ w["mixed_in.weight"].T
+        more = more.view(len(x), kv_heads, D) * 2 * torch.sigmoid(x @ w["mix_gate"].T)[:, :, None]
+        v = v + more.flatten(1)
     gate = torch.sigmoid(x @ w["gate.weight"].T) if gating != "none" else None
     if gating == "input":
         v = v * gate
+    seen_by = [torch.tensor(keys_seen(t, window, pattern)) for t in range(len(x))]
     out = []
     for h in range(heads):
         kv = h * kv_heads // heads
         qh, kh, vh = q[:, h * D : (h + 1) * D], k[:, kv * D : (kv + 1) * D], v[:, kv * D : (kv + 1) * D]
+        own = vh
         if qk_norm:
             qh, kh = rms_norm(qh), rms_norm(kh)
         if position == "rope":
-            qh, kh = rope(qh), rope(kh)
+            qh, kh = rope(qh, rope_base, rope_share), rope(kh, rope_base, rope_share)
         if M:  # tokens 0 to M - 1 are the memory
             kh, vh = torch.cat([w["memory_k"][kv], kh]), torch.cat([w["memory_v"][kv], vh])
-        rows = []
+        y = []
         for t, query in enumerate(qh):
-            first = max(0, t + 1 - window) if window else 0
-            seen = [*range(M), *range(M + first, M + t + 1)]
+            tokens = seen_by[t]
+            seen = torch.cat([torch.arange(M), M + tokens])
             keys = kh[seen]
             if similarity == "dot":
                 scores = keys @ query / math.sqrt(D)
@@ -99,10 +135,11 @@ def attention(
             if "sharpness" in w:
                 scores = scores * torch.tanh(w["sharpness"][h] @ x[t]).exp()
             if position == "alibi":
-                distance = torch.tensor([0] * M + list(range(t - first, -1, -1)))
-                scores = scores - 2 ** (-8 * (h + 1) / heads) * distance
-            rows.append(NORMALISE[normalisation](scores) @ vh[seen])
-        out.append(torch.stack(rows))
+                scores = scores - 2 ** (-8 * (h + 1) / heads) * torch.cat([torch.zeros(M), t - tokens])
+            y.append(NORMALISE[normalisation](scores) @ vh[seen])
+            if exclusive:
+                y[t] = y[t] - (y[t] @ own[t]) / (own[t] @ own[t]) * own[t]
+        out.append(torch.stack(y))
     y = torch.cat(out, dim=-1)
     if gating == "output":
         y = y * gate
@@ -121,16 +158,46 @@ def linear_recurrence(q, k, v, decay):
     return torch.stack(out)
 
 
-def retention(x, w, heads):
-    """Gated multi-scale retention (Sun et al. 2023, recurrent form, equation 6) of one sequence (T, C)."""
+def delta_recurrence(q, k, v, decay, rate):
+    """As linear_recurrence, but what the key reads of the decayed state moves towards v by rate (T,), instead of by 1:
+
+    S_t = S + rate_t k_t (v_t - k_t' S)' with S = diag(decay_t) S_(t-1) (Yang et al. 2025, Gated DeltaNet).
+    """
+    state, out = torch.zeros(k.size(1), v.size(1), dtype=k.dtype), []
+    for t in range(len(q)):
+        state = decay[t][:, None] * state
+        state = state + rate[t] * torch.outer(k[t], v[t] - k[t] @ state)
+        out.append(q[t] @ state)
+    return torch.stack(out)
+
+
+def retention(x, w, heads, decay="fixed", position="rope"):
+    """Gated multi-scale retention (Sun et al. 2023, recurrent form, equation 6) of one sequence (T, C).
+
+    decay: 1 - 2^(-5 - h) for head h (fixed), 1 (none), exp(-softplus) of a learned number, or for each channel the
+    sixteenth root of a sigmoid of x (data; Yang et al. 2024). Where w has a rate, the delta rule writes, with keys of
+    length 1.
+    """
     q, k, v = (x @ w[f"{name}.weight"].T for name in "qkv")
     D = q.size(-1) // heads
     out = []
     for h in range(heads):
-        qh, kh, vh = (y[:, h * D : (h + 1) * D] for y in (q, k, v))
-        decay = torch.full_like(qh, 1 - 2.0 ** (-5 - h))
-        out.append(rms_norm(linear_recurrence(rope(qh), rope(kh) / math.sqrt(D), vh, decay)))
-    return (silu(x @ w["gate.weight"].T) * torch.cat(out, dim=-1)) @ w["out.weight"].T
+        part = slice(h * D, (h + 1) * D)
+        qh, kh, vh = (rope(y[:, part]) if position == "rope" and y is not v else y[:, part] for y in (q, k, v))
+        if decay == "data":
+            kept = torch.sigmoid(x @ w["forget.weight"].T)[:, part] ** (1 / 16)
+        elif decay == "learned":
+            kept = torch.full_like(qh, 1 / (1 + w["decay_logit"][h].exp().item()))
+        else:
+            kept = torch.full_like(qh, 1 - 2.0 ** (-5 - h) if decay == "fixed" else 1.0)
+        if "rate.weight" in w:
+            rate = torch.sigmoid(x @ w["rate.weight"][h])
+            y = delta_recurrence(qh, kh / kh.norm(dim=1, keepdim=True), vh, kept, rate)
+        else:
+            y = linear_recurrence(qh, kh / math.sqrt(D), vh, kept)
+        out.append(rms_norm(y))
+    y = torch.cat(out, dim=-1)
+    return (y * silu(x @ w["gate.weight"].T) if "gate.weight" in w else y) @ w["out.weight"].T
 
 
 def gru(x, w):
@@ -178,8 +245,71 @@ def mixture(x, w, top):
     return torch.stack(out)
 
 
+def gate(x, w, kind):
+    """A gated MLP (Shazeer 2020), or without a gate a plain one."""
+    y = x @ w["up.weight"].T
+    y = ACTIVATIONS[kind](x @ w["gate.weight"].T) * y if "gate.weight" in w else ACTIVATIONS[kind](y)
+    return y @ w["out.weight"].T
+
+
 def swiglu(x, w):
-    return (silu(x @ w["gate.weight"].T) * (x @ w["up.weight"].T)) @ w["out.weight"].T
+    return gate(x, w, "silu")
+
+
+def shift(x, w):
+    """Each token mixed with the one before, by a share for each channel, or one for each token: (T, C)."""
+    out = torch.zeros_like(x)
+    for t in range(len(x)):
+        before = x[t - 1] if t else torch.zeros_like(x[t])
+        share = w["mix"] if w["mix"].dim() == 1 else torch.sigmoid(w["mix"][0] @ x[t])
+        out[t] = (1 - share) * x[t] + share * before
+    return out
+
+
+def ngram(x, w, rows, signs):
+    """A row of a table for each token, times its sign; gated by its match with a matrix of the stream (Engram)."""
+    y = ngram_rows(w["ngrams.table"], rows) * signs[:, None]
+    if "match.weight" in w:
+        match = (rms_norm(x @ w["match.weight"].T) * y).sum(1) / math.sqrt(y.size(1))
+        y = y * torch.sigmoid(match)[:, None]
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What stands around an op. w: the weights of the wiring, without those of the op.
+
+
+def grouped(x, stride):
+    """The mean of each whole group of `stride` tokens; of ids (T,) the last one."""
+    groups = [x[i : i + stride] for i in range(0, len(x) - stride + 1, stride)]
+    if not groups:
+        return x[:0]
+    return torch.stack([group[-1] if x.dim() == 1 else group.mean(0) for group in groups])
+
+
+def ungrouped(y, stride, T):
+    """What was made of a group is seen from its last token on, until the next one is whole; zeros before the first."""
+    out = torch.zeros(T, y.size(1), dtype=y.dtype)
+    for g, made in enumerate(y):
+        out[g * stride + stride - 1 : g * stride + 2 * stride - 1] = made
+    return out
+
+
+def wired(op, x, skip, w, activation="none", repeat=1, scale="none", stride=1):
+    """What a gene makes of (T, C) where op makes (G, C') of (G, C): in groups, again, with a gain, added to skip."""
+    y = grouped(x, stride)
+    if "resize.weight" in w:
+        y = y @ w["resize.weight"].T
+    for _ in range(repeat):
+        y = ACTIVATIONS[activation](op(y))
+    y = ungrouped(y, stride, len(x))
+    if scale in ("channel", "small", "zero"):
+        y = y * w["gain"]
+    if scale == "token":
+        y = y * 2 / (1 + (-x @ w["token_gain"][0]).exp())[:, None]
+    if skip is not None:
+        y = y + (skip @ w["project.weight"].T if "project.weight" in w else skip)
+    return y
 
 
 # ------------------------------------------------------------------------------------------------------------------

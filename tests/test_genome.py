@@ -4,6 +4,7 @@ reference.py holds the independent implementations. Widths are small wherever wi
 """
 
 import copy
+import csv
 import json
 import math
 import pickle
@@ -21,15 +22,15 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-import variants
 from designs import NAMED_DESIGNS
 
 import genome as g
-from genome import OPS, Gene, Genome, GenomeError, Model, Op
+from genome import OPS, Block, Frame, Gene, Genome, GenomeError, Model, NgramTable, Op
 
 VOCAB = 256
 LONG = 2 * g.CHUNK + 22  # tokens: three chunks, the last one not full
-BEYOND_WINDOWS = 330  # tokens: more than the widest attention window
+BEYOND_WINDOWS = 330  # tokens: more than the widest attention window, and than the narrowest dilated one reaches
+HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,10 +74,23 @@ def tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows * length))
 
 
+def unused(model: Model) -> list[str]:
+    """The parameters that no gradient reaches, but for an embedding that nothing reads."""
+    network, tied = model.genome.network, model.genome.tied
+    read = any(0 in (node.source, node.skip) or "embedding" in node.gene.reads for node in network)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    return [
+        name
+        for name, p in model.named_parameters()
+        if (p.grad is None or not p.grad.any()) and (name != "embed.table" or read or tied or not network)
+    ]
+
+
 def leaks(genome: Genome, length: int = LONG, at=(1, 40, 63, 64, 65, 127, 128, LONG - 1)) -> list[int] | None:
     """The tokens whose change shows in a logit before them; None where a change shows nowhere, so nothing is tested.
 
     Each is changed in a row of its own, and the rows are seen together, so that a leak from row to row shows as well.
+    It has to show at the token itself; where a gene has a stride, there or later.
     """
     model, idx = build(genome), tokens(len(at), length)
     changed = idx.clone()
@@ -84,14 +98,18 @@ def leaks(genome: Genome, length: int = LONG, at=(1, 40, 63, 64, 65, 127, 128, L
         changed[row, t] = (changed[row, t] + 7) % VOCAB
     with torch.no_grad():
         before, after = model(idx), model(changed)
-    if any(torch.equal(before[row, t], after[row, t]) for row, t in enumerate(at)):
+    until = {t: t + 1 for t in at} if all(x.stride == 1 for x in genome.genes) else dict.fromkeys(at)
+    if any(torch.equal(before[row, t : until[t]], after[row, t : until[t]]) for row, t in enumerate(at)):
         return None
     return [t for row, t in enumerate(at) if not torch.equal(before[row, :t], after[row, :t])]
 
 
-def random_trait_gene(rng: random.Random, op: str) -> Gene:
+def random_trait_gene(rng: random.Random, op: str, **fields) -> Gene:
     traits = {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
-    return gene(op, rng.choice((64, 128)), repeat=rng.choice((1, 1, 2)), skip=rng.choice((0, 1)), **traits)
+    skip, scale = rng.choice((0, 1)), rng.choice(g.WIRING["scale"])
+    return gene(
+        op, rng.choice((64, 128)), **{"repeat": rng.choice((1, 1, 2)), "skip": skip, "scale": scale} | fields | traits
+    )
 
 
 def lineage(seed: int, generations: int) -> list[Genome]:
@@ -104,7 +122,13 @@ def lineage(seed: int, generations: int) -> list[Genome]:
     return family
 
 
-TRAITS = [(op, {name: choice}) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices]
+NEEDS = {"pattern": {"window": 64}}  # what a trait does nothing without
+TRAITS = [
+    (op, {**NEEDS.get(name, {}), name: choice})
+    for op in OPS
+    for name, choices in OPS[op].traits.items()
+    for choice in choices
+]
 CASES = [(op, {}) for op in OPS if not OPS[op].traits] + TRAITS
 # The fewest genes of which every trait choice is part, for what is too slow to do with each alone.
 COVER = [
@@ -125,10 +149,10 @@ def label(value):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ten_thousand_genomes_are_valid_and_new(seed):
+def test_thousands_of_genomes_are_valid_and_new(seed):
     rng = random.Random(seed)
     family = [g.random_genome(rng) for _ in range(500)]
-    for n in range(2000):
+    for n in range(1200):
         parents = [rng.choice(family) for _ in range(1 + n % 2)]
         written = [parent.to_json() for parent in parents]
         child, operator = g.crossover(*parents, rng) if len(parents) == 2 else g.mutate(*parents, rng, 0.3)
@@ -152,15 +176,16 @@ def test_breeding_repeats_with_the_same_rng():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_genomes_train_and_do_not_leak(seed):
-    family, reached, leaking = [narrow(genome) for genome in lineage(seed, 14)], [], []
+    family, reached, leaking = [narrow(genome) for genome in lineage(seed, 10)], [], []
     for genome in family:
         torch.manual_seed(seed)
-        model, idx = Model(genome, VOCAB), tokens(1, 70)
+        model, idx = Model(genome, VOCAB), tokens(1, 72)
         assert sum(p.numel() for p in model.parameters()) == genome.num_params(VOCAB)
+        for p in model.parameters():  # a gain of zero would stop the gradient of its branch
+            p.data += 0.05 * torch.randn_like(p)
         model(idx, idx.roll(-1, 1)).backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters()), genome
-        reached.append(all(p.grad.abs().max() > 0 for p in model.parameters()))
-        leaking.append(leaks(genome, 70, (1, 63, 64, 69)))
+        reached.append(unused(model) == [])
+        leaking.append(leaks(genome, 72, (1, 63, 64, 71)))
     assert not any(leaking), [genome.to_json() for genome, leak in zip(family, leaking, strict=True) if leak]
     # relu squared over and over, with no norm between, underflows: rare, and such a genome cannot win
     assert min(reached.count(True), leaking.count([])) >= 0.85 * len(family)
@@ -191,12 +216,14 @@ def test_mutation_reaches_every_trait(op, seed=0):
 def test_mutation_reaches_every_op_distance_and_width(seed=0):
     rng, genome, seen = random.Random(seed), Genome((gene("linear"),) * 10), set()
     for n in range(8000):
-        what = ("op", "width", "activation", "input", "skip", "repeat", "scale", "training")[n % 8]
+        what = ("op", "width", "activation", "input", "skip", "repeat", "scale", "stride", "training")[n % 9]
         genome = g.MUTATIONS[f"change_{what}"][0](genome, rng)
         seen |= {(name, getattr(genome, name)) for name in g.GENOME_TRAITS}
+        seen |= {("to the embedding", name) for name in ("input", "skip") if getattr(genome.genes[-1], name) == 10}
         seen |= {(name, getattr(x, name)) for x in genome.genes for name in ("op", "dim", "input", "skip", *g.WIRING)}
     expected = {("op", op) for op in OPS} | {("dim", dim) for dim in g.WIDTHS}
     expected |= {("input", d) for d in range(1, g.MAX_DISTANCE + 1)} | {("skip", d) for d in range(g.MAX_DISTANCE + 1)}
+    expected |= {("to the embedding", name) for name in ("input", "skip")}
     expected |= {(name, c) for name, choices in (g.WIRING | g.GENOME_TRAITS).items() for c in choices}
     assert not expected - seen
 
@@ -210,6 +237,178 @@ def test_a_residual_survives_insertion_and_removal():
     assert [g.branch_start(longer, i) for i in range(5)] == [0, 1, 0, 3, 3]
 
 
+LAYER = (Gene("norm"), Gene("attention", 64, skip=2), Gene("norm"), Gene("gate", 64, skip=2))
+LINK = Gene("identity", activation="tanh", skip=1)  # none that breeding adds looks like this
+
+
+def linked(layers: int = 3, layer=LAYER) -> Genome:
+    """Layers, with the embedding added before each but the first."""
+    genes = [*layer]
+    for _ in range(layers - 1):
+        genes += [LINK.change(input=len(genes) + 1), *layer]
+    return Genome(genes, embed_dim=64)
+
+
+def ends_of_links(genome: Genome) -> set[int]:
+    """The states that such links read; 0 is the embedding."""
+    found = [
+        (state, x) for state, x in enumerate(genome.genes, start=1) if (x.op, x.activation) == ("identity", "tanh")
+    ]
+    return {state - x.input for state, x in found}
+
+
+def test_links_to_the_embedding_do_not_tie_blocks_together():
+    assert g.clean_cuts(linked()) == [0, 2, 4, 5, 7, 9, 10, 12, 14]
+    assert g.clean_cuts(Genome(LAYER * 2)) == [0, 2, 4, 6, 8]
+    other = (*linked().genes[:9], LINK.change(input=6), *LAYER)  # a link to elsewhere does
+    assert g.clean_cuts(Genome(other, embed_dim=64)) == [0, 2, 4, 10, 12, 14]
+
+
+def test_a_moved_link_still_reaches_the_embedding():
+    genome = linked()
+    for start, stop, to in ((4, 9, 9), (4, 9, 14), (9, 14, 4), (9, 10, 2)):
+        genes = g.moved(genome, start, stop, to)
+        assert [x.change(input=1) for x in genes] == [x.change(input=1) for x in genome.genes[start:stop]]
+        assert [x.input for x in genes] == [to + k if x.op == "identity" else 1 for k, x in enumerate(genes, start=1)]
+    assert g.moved(genome, 0, 4, to=9) == list(LAYER)  # a residual around the first genes reads the embedding as well
+
+
+@pytest.mark.parametrize("name", ["swap_runs", "duplicate_run", "share_run", "remove_run", "add_block", "crossover"])
+def test_links_to_the_embedding_survive(name):
+    genome, seen = linked(), set()
+    for seed in range(150):
+        rng = random.Random(seed)
+        child = g.crossover(genome, linked(2), rng).genome if name == "crossover" else g.MUTATIONS[name][0](genome, rng)
+        seen |= {child.key}
+        assert ends_of_links(child) <= {0}, (seed, child)
+    assert len(seen) > 5
+
+
+def test_what_is_added_before_all_is_not_added_to_links_to_the_embedding():
+    child = g.spliced(linked(), 0, 0, [Gene("shift")])
+    assert child.genes[0].op == "shift" and [x.skip for x in child.genes[1:5]] == [0, 2, 0, 2]
+    assert ends_of_links(child) == {0}
+
+
+def test_add_link_adds_an_earlier_state():
+    genome, ends = Genome(LAYER * 3, embed_dim=64), []
+    for seed in range(300):
+        child = g.add_link(genome, random.Random(seed))
+        (i,) = [i for i, x in enumerate(child.genes) if x.op == "identity"]
+        link = child.genes[i]
+        assert link.skip == 1 and link.scale in ("small", "zero") and i in g.clean_cuts(genome)
+        assert [*child.genes[:i], *child.genes[i + 1 :]] == [*genome.genes]
+        ends.append(i + 1 - link.input)
+    assert 0.4 < ends.count(0) / len(ends) < 0.75 and len(set(ends)) > 8
+
+
+def test_add_block_mixes_tokens_and_channels():
+    genome, kinds = Genome((gene("linear", 192, repeat=3, skip=1),), embed_dim=192), set()  # nothing new has repeat=3
+    for seed in range(100):
+        added = [x for x in g.add_block(genome, random.Random(seed)).genes if x.repeat < 3]
+        first, *_, last = ops = [x.op for x in added if x.op != "norm"]
+        assert {x.dim for x in added if x.op not in ("norm", "ngram")} == {192}
+        assert OPS[first].mixes_tokens and not OPS[last].mixes_tokens, ops
+        kinds |= {(first, last)}
+    assert len(kinds) > 15
+
+
+def test_growth_copies_no_table():
+    layer = (
+        Gene("norm"),
+        Gene("attention", 64, skip=2, values="bigram"),
+        Gene("ngram", 64, skip=1, gated=False),
+        Gene("ngram", 64, n=1),
+        Gene("linear", 128, skip=2),
+        Gene("attention", 128, skip=1, values="embedding"),
+        Gene("linear", 64),
+    )
+    small, large = (g.grown(Genome(layer * 2, embed_dim=64), n) for n in (0, 2))
+    counts = [[sum(x.op == op for x in genome.genes) for op in OPS] for genome in (small, large)]
+    assert counts[1] == [n if op == "ngram" else 2 * n for op, n in zip(OPS, counts[0], strict=True)]
+    values = [x.values for x in large.genes if x.op == "attention"]
+    assert values == ["bigram", "embedding"] * 2 + ["plain", "embedding"] * 2
+    sizes = [large.num_params(vocab) - small.num_params(vocab) for vocab in (100, 10_000)]
+    assert sizes[0] == sizes[1] < 400_000  # no row more
+    build(large)(tokens(1, 9))
+
+
+def test_growth_carries_links_to_the_embedding():
+    larger = g.grown(linked(), 2)
+    assert ends_of_links(larger) == {0} and larger == linked(5)
+
+
+def test_what_shares_weights_is_changed_alike_half_the_time():
+    a = Gene("attention", 64, skip=1)
+    genome, outcomes = Genome((a, Gene("norm"), a.change(share=2), a.change(share=2)), embed_dim=64), []
+    assert genome.sharing_with(2) == genome.sharing_with(0) == [0, 2] and genome.sharing_with(3) == [3]  # not a norm's
+    for seed in range(400):
+        rng = random.Random(seed)
+        child = g.with_weights_changed(genome, rng, rng.choice((0, 2)), heads=4)
+        heads = [child.genes[i].heads for i in (0, 2)]
+        assert 4 in heads and child.genes[3] == genome.genes[3]
+        assert (heads == [4, 4]) == (child.network[2].owner == 0)
+        outcomes.append(heads == [4, 4])
+    assert 0.4 < sum(outcomes) / len(outcomes) < 0.6
+    for change in (g.change_trait, g.change_width, g.change_op):
+        pair, kept = Genome((a, a.change(share=1)), embed_dim=64), set()
+        for seed in range(100):
+            child = change(pair, random.Random(seed))
+            changed = [x.can_share(a) for x in child.genes] != [True, True] and all(x.dim for x in child.genes)
+            kept |= {child.network[-1].owner == 0} if changed else set()
+        assert kept == {False, True}
+
+
+def test_change_share_takes_and_gives_back_what_fits():
+    a, rng = gene("linear"), random.Random(0)
+    genome = Genome((a, gene("gate"), gene("linear", 128), Gene("norm"), a, Gene("norm"), a), embed_dim=64)
+    shares = {tuple(x.share for x in g.change_share(genome, rng).genes) for _ in range(100)}
+    assert shares == {(0, 0, 0, 0, 4, 0, 0), (0, 0, 0, 0, 0, 0, 6), (0, 0, 0, 0, 0, 0, 2)}
+    pair = Genome((a, a.change(share=1)), embed_dim=64)
+    assert {tuple(x.share for x in g.change_share(pair, rng).genes) for _ in range(50)} == {(0, 0), (0, 1)}
+    alone = Genome((a, gene("gate"), Gene("norm"), Gene("norm")), embed_dim=64)
+    assert g.change_share(alone, rng) == alone
+
+
+def test_a_shared_run_has_no_weights_of_its_own():
+    genome = Genome((Gene("attention", 64, skip=1), Gene("gate", 64, skip=1)), embed_dim=64)
+    for seed in range(50):
+        child = g.share_run(g.share_run(genome, random.Random(seed)), random.Random(-seed))
+        assert child.num_params(VOCAB) == genome.num_params(VOCAB) and len(child.network) >= 4
+        assert sum(node.owner is None for node in child.network) == 2
+        assert g.pruned(child).key == child.key
+
+
+def test_sharing_survives_what_is_put_or_cut_between():
+    a, rest = gene("linear"), (Gene("norm"), gene("gate"))
+    genome = Genome((a, *rest, a.change(share=3)), embed_dim=64)
+    for at in (1, 2, 3):
+        assert g.spliced(genome, at, at, [gene("ssm"), Gene("norm")]).genes[-1].share == 5, at
+    assert g.spliced(genome, 0, 0, [gene("linear")]).genes[-1].share == 3
+    assert g.spliced(genome, 1, 2, []).genes[-1].share == 2 and g.spliced(genome, 1, 3, []).genes[-1].share == 1
+    assert g.spliced(genome, 1, 3, [gene("ssm")] * 3).genes[-1].share == 4
+    assert [x.share for x in g.fit_distances([a.change(share=1), a.change(share=1), a.change(share=3)])] == [0, 1, 0]
+    assert g.spliced(genome, 0, 1, []).genes[-1].share == 0  # what it shared is gone
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pruning_keeps_the_network(seed):
+    rng, shared = random.Random(seed), 0
+    for genome in map(narrow, lineage(seed, 30)):
+        for change in (g.share_run, g.change_share):
+            genome = change(genome, rng)
+        pruned = g.pruned(genome)
+        if not genome.network:
+            continue
+        assert pruned.key == genome.key and pruned.num_params(VOCAB) == genome.num_params(VOCAB)
+        assert [n._replace(gene=n.gene.bare) for n in pruned.network] == [
+            n._replace(gene=n.gene.bare) for n in genome.network
+        ]
+        assert len(pruned.genes) == len(genome.network)
+        shared += any(node.owner is not None for node in genome.network)
+    assert shared > 15
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The key: equal where the network is equal, and only there.
 
@@ -220,7 +419,6 @@ def test_key_ignores_what_computes_nothing():
     same = [
         Genome((Gene("linear", 64, "relu"), idle, plain.genes[1], idle, Gene("norm"), idle)),
         Genome((Gene("gate", 512), plain.genes[0].change(input=2), *plain.genes[1:])),  # nothing reads the gate
-        Genome((plain.genes[0], plain.genes[1].change(kv_heads="half"), plain.genes[2])),  # 2 heads: half is one
     ]
     torch.manual_seed(0)
     expected, idx = Model(plain, VOCAB)(tokens(1, 20)), tokens(1, 20)
@@ -258,7 +456,7 @@ def test_key_ignores_the_order_of_unrelated_genes():
 
 def test_equal_keys_are_equal_networks():
     def network(genome):
-        nodes = [(n.gene.bare, n.source, n.skip, n.d_in, n.d_skip, n.d_out) for n in genome._network(up_to_gains=True)]
+        nodes = [(n.gene.bare, *n[1:]) for n in genome._network(up_to_gains=True)]
         return nodes, genome.embed_dim, genome.lr_factor, genome.tied
 
     by_key = {}
@@ -269,13 +467,184 @@ def test_equal_keys_are_equal_networks():
     assert len(keys) == len(by_key) > 2000
 
 
+def test_what_a_table_does_not_read_is_no_part_of_the_network():
+    table, last = Gene("ngram", 64, gated=False), gene("linear")
+    plain = Genome((table, last), embed_dim=64)
+    for genes in (
+        (gene("gate", 512), Gene("norm"), table, last),
+        (gene("gate", 512), table.change(input=2, repeat=3), last),  # nor does it matter what it would read, or again
+    ):
+        genome = Genome(genes, embed_dim=64)
+        assert genome.key == plain.key and len(genome.network) == 2
+        assert genome.network[0].source is genome.network[0].d_in is None
+        assert genome.num_params(VOCAB) == plain.num_params(VOCAB)
+        assert torch.equal(build(genome)(tokens(1, 20)), build(plain)(tokens(1, 20)))
+    assert len(Genome((gene("gate"), table.change(skip=1), last), embed_dim=64).network) == 3  # what it is added to is
+    assert len(Genome((gene("gate"), table.change(gated=True), last), embed_dim=64).network) == 3  # and what gates it
+    gated = Genome((gene("gate"), table.change(gated=True, repeat=2)), embed_dim=64)
+    assert gated.network[1].gene.repeat == 2 and gated.network[1].source == 1
+
+
+def test_traits_that_do_nothing_are_settled():
+    def attention(**traits):
+        return Gene("attention", 64, **traits)
+
+    for settled, traits in (
+        ({"window": 64, "pattern": "global"}, {"pattern": "global"}),  # a pattern is one of a window
+        ({"position": "none"}, {"position": "none", "rope_base": 1_000, "rope_share": 0.25}),
+        ({"position": "alibi"}, {"position": "alibi", "rope_base": 100_000}),
+        ({"heads": 1}, {"heads": 1, "kv_heads": "half"}),
+        ({"heads": 4, "kv_heads": "half"}, {"heads": 2, "kv_heads": "half"}),
+        ({"similarity": "cosine"}, {"similarity": "cosine", "qk_norm": False}),
+    ):
+        assert attention(**settled) == attention(**traits)
+    assert gene("ngram", n=1) == gene("ngram", n=1, slots=32_768, signs=True)
+    assert gene("gate", scale="small") == gene("gate") != gene("gate", scale="small", skip=1)
+    assert Gene("norm", share=1) == Gene("norm") and gene("linear", share=1) != gene("linear")
+    assert gene("ngram", gated=False, repeat=2, input=5) == gene("ngram", gated=False)
+
+
+def shared_and_not(*genes: Gene, embed_dim: int = 64) -> tuple[Genome, Genome]:
+    return Genome(genes, embed_dim), Genome([x.change(share=0) for x in genes], embed_dim)
+
+
+SHARED = {  # genes of which the second uses the weights of the first
+    "plain": (gene("linear"), gene("linear", share=1)),
+    "gains and projections of their own": (
+        gene("ssm", 128, skip=1, scale="channel"),
+        gene("ssm", 128, input=2, skip=2, scale="small", share=1),
+        Gene("identity", input=2, skip=1),
+    ),
+    "repeated at another width": (gene("linear", 128, repeat=2), gene("linear", 128, share=1)),
+    "with another activation, stride and scale": (
+        gene("gate", skip=1, scale="token"),
+        gene("gate", skip=1, share=1, stride=2, activation="tanh", repeat=2),
+    ),
+    "a table": (gene("ngram", skip=1), gene("ngram", skip=2, share=1, scale="zero")),
+    "values": (gene("attention", values="token", skip=1), gene("attention", values="token", share=1)),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_weights_are_one_and_all_else_is_not(case):
+    shared, plain = shared_and_not(*SHARED[case])
+    model, twin = build(shared), build(plain)
+    assert [node.owner for node in shared.network[:2]] == [None, 0] and shared.key != plain.key
+    assert sum(p.numel() for p in model.parameters()) == shared.num_params(VOCAB)
+    assert sum(p.numel() for p in twin.parameters()) == plain.num_params(VOCAB)
+    first, second, *_ = model.blocks
+    op = {id(p) for p in first.op.parameters()}
+    assert {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()} == op
+    saved = sum(p.numel() for p in first.op.parameters())
+    assert saved and plain.num_params(VOCAB) - shared.num_params(VOCAB) == saved
+    assert [n for n, _ in model.blocks[1].named_parameters()] == [n for n, _ in twin.blocks[1].named_parameters()]
+
+    starts = []
+    for genome in (shared, plain):
+        torch.manual_seed(0)
+        starts.append(Model(genome, VOCAB).blocks[0].op.state_dict())
+    assert all(torch.equal(p, starts[1][name]) for name, p in starts[0].items())  # whoever uses them as well
+
+    twin.load_state_dict(model.state_dict())  # the same weights, in two places
+    idx = tokens(2, 24)
+    logits = [m(idx) for m in (model, twin)]
+    assert torch.equal(*logits)
+    for m in (model, twin):
+        m(idx, idx.roll(-1, 1)).backward()
+    assert unused(model) == []
+    for name, p in first.op.named_parameters():
+        both = sum(dict(block.op.named_parameters())[name].grad for block in twin.blocks[:2])
+        torch.testing.assert_close(p.grad, both, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        for p in first.op.parameters():
+            p -= p.grad
+    before = twin(idx)
+    for block in twin.blocks[:2]:  # a step changes both places
+        assert not torch.equal(model(idx), twin(idx))
+        block.op.load_state_dict(first.op.state_dict())
+    assert torch.equal(model(idx), twin(idx)) and not torch.equal(model(idx), before)
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_weights_are_saved_and_loaded(case):
+    from safetensors.torch import load, save
+
+    torch.manual_seed(0)
+    shared, _ = shared_and_not(*SHARED[case])
+    model, again, idx = build(shared), Model(shared, VOCAB), tokens(1, 20)
+    again.load_state_dict(load(save({name: p.clone() for name, p in model.state_dict().items()})))
+    assert torch.equal(model(idx), again(idx))
+    assert again.blocks[0].op is again.blocks[1].op
+
+
+NOT_SHARED = {
+    "another op": (gene("linear"), gene("ssm", share=1)),
+    "other traits": (gene("attention"), gene("attention", heads=4, share=1)),
+    "another width": (gene("linear", 128), gene("linear", share=1)),
+    "another width that it reads": (gene("linear", 128), gene("linear", 128, share=1)),
+    "another width that its op reads": (gene("linear", 128), gene("linear", 128, repeat=2, share=1)),
+    "nothing with weights": (Gene("norm"), Gene("norm", share=1)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SHARED)
+def test_weights_that_do_not_fit_are_ones_own(case):
+    shared, plain = shared_and_not(*NOT_SHARED[case])
+    assert shared.key == plain.key and shared.num_params(VOCAB) == plain.num_params(VOCAB)
+    assert [node.owner for node in shared.network] == [None, None]
+    assert torch.equal(build(shared)(tokens(1, 20)), build(plain)(tokens(1, 20)))
+    assert len({id(p) for p in build(shared).parameters()}) == len(list(build(plain).parameters()))
+
+
+def test_the_first_of_a_chain_owns_the_weights():
+    a, norm = gene("linear"), Gene("norm", activation="relu")
+
+    def genome(*shares, dead=0):
+        genes = [x for share in shares for x in (a.change(share=share), norm)]
+        if dead:  # what reads past them leaves the first ones out
+            genes[2 * dead] = genes[2 * dead].change(input=2 * dead + 1)
+        return Genome(genes, embed_dim=64)
+
+    owners = {shares: [n.owner for n in genome(*shares).network[::2]] for shares in product((0,), (0, 2), (0, 2, 4))}
+    assert owners == {
+        (0, 0, 0): [None, None, None],
+        (0, 0, 2): [None, None, 2],
+        (0, 0, 4): [None, None, 0],
+        (0, 2, 0): [None, 0, None],
+        (0, 2, 2): [None, 0, 0],
+        (0, 2, 4): [None, 0, 0],
+    }
+    keys = {shares: genome(*shares).key for shares in owners}
+    assert keys[0, 2, 2] == keys[0, 2, 4] and len(set(keys.values())) == 5  # who owns is part of the key
+
+    # The first gene is dead: the next one that lives owns, and the key is that of the network without the dead.
+    for shares, live in (((0, 2, 2), (0, 2)), ((0, 2, 4), (0, 2)), ((0, 0, 4), (0, 0))):
+        left = genome(*shares, dead=1)
+        assert [n.owner for n in left.network[::2]] == [None, 0 if live[1] else None]
+        assert left.key == genome(*live).key and left.num_params(VOCAB) == genome(*live).num_params(VOCAB)
+        assert torch.equal(build(left)(tokens(1, 20)), build(genome(*live))(tokens(1, 20)))
+
+    # A gene of another width between does not break the chain, and one of another op does.
+    b = gene("linear", 128)
+    through = Genome((b, norm, b.change(share=2), b.change(share=1, input=4)), embed_dim=64)
+    assert through.network[-1].gene.share == 1 and through.first_of_chain(3) == 0
+    broken = Genome((a, gene("gate", share=1), a.change(share=1)), embed_dim=64)
+    assert [n.owner for n in broken.network] == [None, None, None]
+
+    # What runs first owns, whichever gene stands first.
+    back = Genome((a, a.change(input=2, share=1), Gene("identity", skip=2)), embed_dim=64)
+    assert [(n.gene.share, n.owner) for n in back.network] == [(1, None), (0, 0), (0, None)]
+    assert torch.equal(build(back)(tokens(1, 9)), build(g.pruned(back))(tokens(1, 9)))
+
+
 CHANGES = [(op, name, choice) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices[1:]]
 CHANGES += [("gate", name, choice) for name, choices in g.WIRING.items() for choice in choices[1:]]
 
 
 @pytest.mark.parametrize("op, name, choice", CHANGES)
 def test_a_trait_changes_what_is_computed(op, name, choice):
-    plain, idx = one(op, skip=int(name == "scale")), tokens(1, BEYOND_WINDOWS if name == "window" else 40)
+    plain = one(op, skip=int(name == "scale"), **NEEDS.get(name, {}))
+    idx = tokens(1, BEYOND_WINDOWS if name in ("window", "pattern") else 40)
     changed = Genome((plain.genes[0].change(**{name: choice}),), embed_dim=64)
     assert changed.key != plain.key
     assert not torch.allclose(build(plain)(idx), build(changed)(idx), atol=1e-4)
@@ -293,13 +662,28 @@ def test_no_op_sees_the_future(op, traits):
         assert leaks(one(op, **traits)) == []
 
 
-@pytest.mark.parametrize("op, count", [("attention", 120), ("retention", 50), ("conv1d", 15), ("moe_router", 15)])
+@pytest.mark.parametrize("stride", g.WIRING["stride"])
+@pytest.mark.parametrize("op", OPS)
+def test_no_wiring_sees_the_future(op, stride):
+    assert leaks(one(op, stride=stride, activation="gelu"), 80, (1, 2, 63, 64, 79)) == []
+    assert leaks(one(op, stride=stride, repeat=3), 80, (3, 31, 63, 79)) == []
+    for scale in g.WIRING["scale"]:
+        assert leaks(one(op, 128, stride=stride, skip=1, scale=scale), 79, (1, 63, 64, 78)) == []  # one token too many
+
+
+@pytest.mark.parametrize(
+    "op, count", [("attention", 60), ("retention", 40), ("conv1d", 15), ("moe_router", 15), ("ngram", 30), ("gate", 15)]
+)
 def test_no_combination_of_traits_sees_the_future(op, count):
-    rng = random.Random(op)
-    genes = [random_trait_gene(rng, op) for _ in range(count)]
-    leaking = [leaks(Genome((x,), embed_dim=64), 80, (1, 63, 64, 79)) for x in genes]
-    assert not any(leaking), [x for x, leak in zip(genes, leaking, strict=True) if leak]
-    assert leaking.count([]) >= 0.95 * count  # relu attention may attend to nothing
+    rng, genomes = random.Random(op), []
+    for n in range(count):
+        x = random_trait_gene(rng, op, stride=rng.choice((1, 1, 2, 4)))
+        x = x.change(window=min(x.window, 64)) if op == "attention" else x  # a wider one is seen through here
+        again = x.change(share=1, stride=rng.choice(g.WIRING["stride"]), skip=rng.choice((0, 1)), scale="token")
+        genomes.append(Genome((x, again) if n % 4 == 0 else (x,), embed_dim=64))
+    leaking = [leaks(genome, 80, (1, 63, 64, 79)) for genome in genomes]
+    assert not any(leaking), [x for x, leak in zip(genomes, leaking, strict=True) if leak]
+    assert leaking.count([]) >= 0.9 * count  # relu attention may attend to nothing, a norm undo what changed
 
 
 def peek(x):
@@ -349,6 +733,18 @@ def test_a_planted_leak_is_found(leak, plant):
     assert leaks(one("planted", size=2))
     between = g.transformer(1, 64, 4).genes
     assert leaks(Genome((*between, Gene("planted", size=2), *between)))
+    assert leaks(one("planted", size=2, stride=4, skip=1))
+
+
+def test_a_stride_is_seen_from_the_end_of_its_group_on():
+    assert one("gate", stride=2).mixes_tokens and not one("gate", repeat=2).mixes_tokens
+    model, idx = build(one("linear", stride=4)), tokens(1, 16)
+    for t in range(16):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 7) % VOCAB
+        seen = (model(idx) != model(changed)).any(-1)[0].nonzero().flatten().tolist()
+        end = t // 4 * 4 + 3
+        assert seen == list(range(end, min(end + 4, 16)))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -366,7 +762,7 @@ def test_an_op_cannot_take_the_name_of_another(base):
     assert OPS["norm"] is norm
 
 
-@pytest.mark.parametrize("trait", ["op", "dim", "input", "skip", "traits", "self", "d_in", "d_out", *g.WIRING])
+@pytest.mark.parametrize("trait", sorted({*g.RESERVED, "op", "dim", "input", "skip", "share", "frame", *g.WIRING}))
 def test_a_trait_cannot_take_the_name_of_something_else(trait):
     with pytest.raises(ValueError, match=f"Clash: {trait} "):
 
@@ -394,6 +790,75 @@ def test_the_ops_keep_their_rules():
     assert g.op_problem(tried.append) == ""
     cases = len(OPS) + sum(len(choices) - 1 for op in OPS.values() for choices in op.traits.values())
     assert len(tried) == len(set(tried)) == cases
+
+
+@pytest.fixture
+def reader():
+    """An op `reader` that adds up matrices of what its trait names, in that order, and keeps what it was given."""
+    given = []
+
+    class Reader(Op, name="reader"):
+        traits = {"of": ("stream ids embedding", "stream", "ids", "embedding", "embedding stream", "ids embedding")}
+
+        @staticmethod
+        def reads(traits):
+            return tuple(traits["of"].split())
+
+        def __init__(self, d_in, d_out, of, frame=None):
+            super().__init__()
+            assert (frame is None) == (of == "stream") and (d_in is None) == ("stream" not in of)
+            self.reads, self.dtype = of.split(), frame and frame.dtype
+            widths = {"stream": d_in, "ids": 1, "embedding": frame and frame.embed_dim}
+            self.matrices = torch.nn.ModuleList(g.Linear(widths[name], d_out) for name in self.reads)
+
+        def forward(self, *inputs):
+            if not torch.compiler.is_compiling():
+                given.append(dict(zip(self.reads, inputs, strict=True)))
+            inputs = [x if x.dim() == 3 else (x / VOCAB).to(self.dtype)[..., None] for x in inputs]
+            return sum(matrix(x) for matrix, x in zip(self.matrices, inputs, strict=True))
+
+    yield given
+    del OPS["reader"]
+    g.block_params.cache_clear()
+
+
+def test_an_op_is_given_what_it_reads(reader):
+    for of, stride in product(OPS["reader"].traits["of"], g.WIRING["stride"]):
+        genome = Genome(
+            (gene("linear", 128), gene("reader", of=of, stride=stride, skip=1, scale="token")), embed_dim=64
+        )
+        assert len(genome.network) == 2 and genome.network[1].source == (1 if "stream" in of else None)
+        model, idx = build(genome), tokens(2, 12)
+        reader.clear()
+        loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        embedding = model.embed(idx)
+        expected = {"ids": idx, "embedding": embedding, "stream": model.blocks[0](embedding)}
+        assert list(reader[0]) == of.split() and unused(model) == []
+        for name, x in reader[0].items():
+            torch.testing.assert_close(x, torch.stack([reference.grouped(row, stride) for row in expected[name]]))
+        assert genome.num_params(VOCAB) == sum(p.numel() for p in model.parameters())
+        assert leaks(genome, 32, (1, 30, 31)) == []
+
+
+def test_the_rules_hold_for_what_an_op_reads(reader, monkeypatch):
+    monkeypatch.setattr(g, "OPS", {"reader": OPS["reader"]})
+    tried = []
+    assert g.op_problem(tried.append) == "" and len(tried) == len(OPS["reader"].traits["of"])
+
+
+def test_a_retired_choice_is_read_and_never_drawn(plant):
+    plant()
+    OPS["planted"].retired = {"size": (3,)}
+    old = Gene("planted", size=3)
+    assert Genome.from_json(Genome((old,)).to_json()).genes == (old,) and old.size == 3
+    with pytest.raises(GenomeError, match=r"planted\.size: 4"):
+        Gene("planted", size=4)
+    rng = random.Random(0)
+    drawn = {g.random_gene(rng, 64, ["planted"]).size for _ in range(300)}
+    drawn |= {g.change_trait(Genome((old,)), rng).genes[0].size for _ in range(50)}
+    assert drawn == {1, 2}
+    assert build(Genome((old,)))(tokens(1, 4)).shape == (1, 4, VOCAB)
 
 
 def fail(*args, **kwargs):
@@ -444,7 +909,7 @@ def test_the_example_in_the_readme_is_an_op_like_any_other(monkeypatch):
     for traits in ({trait: choice} for trait, choices in OPS[name].traits.items() for choice in choices):
         test_no_op_sees_the_future(name, traits)
         test_gradient_reaches_every_parameter(name, traits)
-        test_finite_in_bfloat16_at_full_size(name, traits)
+        test_finite_in_bfloat16_over_1024_tokens(name, traits)
         assert Genome.from_json(one(name, **traits).to_json()) == one(name, **traits)
     test_mutation_reaches_every_trait(name)
     test_mutation_reaches_every_op_distance_and_width()
@@ -483,6 +948,58 @@ def test_a_model_is_compiled_in_parts_and_nothing_runs_meanwhile(ran):
     assert model(idx[:, :5]).shape == (2, 5, VOCAB) and len(ran) == 6
 
 
+def test_what_reads_tokens_and_embedding_is_compiled(ran):
+    genes = (
+        Gene("ngram", 64, gated=False),
+        Gene("ngram", 64, skip=1, signs=True, scale="zero"),
+        Gene("attention", 64, skip=1, values="token"),
+        Gene("attention", 64, skip=1, values="embedding", window=64, pattern="global"),
+        Gene("gate", 64, skip=1, stride=2, gated=False),
+        Gene("gate", 64, skip=1, stride=4, gated=False, share=1),
+        Gene("gate", 64, skip=1, stride=4, gated=False, share=1, scale="token"),
+        Gene("gate", 64, skip=1, stride=4, gated=False, share=2),
+    )
+    model, idx = build(Genome(genes, embed_dim=64)), tokens(2, 16)
+    assert [node.owner for node in model.genome.network[4:]] == [None, 4, 4, 4]
+    expected = model(idx, idx)
+    expected.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    assert model.compile(2, 16) == "" and ran == []
+    assert [key[0] for key in g.COMPILED] == ["embed", *["ngram"] * 2, *["attention"] * 2, *["gate"] * 3, "head"]
+    loss = model(idx, idx)
+    assert (
+        len(ran) == 10 and len(set(map(id, ran))) == 9
+    )  # whose weights they are does not matter, nor is it found late
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+
+
+def test_what_is_compiled_depends_on_which_inputs_are_one_tensor(ran, reader):
+    def genes(x):
+        return (
+            x,  # what it reads, what it is added to and the embedding are one
+            x,  # the embedding is another
+            x.change(skip=2),  # all are different
+            x.change(input=4),  # it reads the embedding
+            x.change(skip=5),  # it is added to the embedding
+            x,
+            x.change(skip=3, share=1),
+        )
+
+    for of, parts in (("stream ids embedding", 5), ("stream", 2), ("ids", 1), ("ids embedding", 2)):
+        g.COMPILED.clear()
+        ran.clear()
+        model, idx = build(Genome(genes(gene("reader", of=of, skip=1)), embed_dim=64)), tokens(2, 16)
+        expected = model(idx, idx)
+        assert model.compile(2, 16) == "" and ran == []
+        assert [key[0] for key in g.COMPILED] == ["embed", *["reader"] * parts, "head"], of
+        torch.testing.assert_close(model(idx, idx), expected)
+        assert len(ran) == len(model.blocks) + 2
+        assert len(set(map(id, ran))) == parts + 2  # none was compiled once more as it ran
+
+
 def test_a_part_that_cannot_be_compiled_runs_eagerly(ran, monkeypatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
     model, idx = Model(one("linear"), VOCAB), tokens(2, 16)
@@ -510,14 +1027,20 @@ def test_what_the_machine_lacks_is_raised_and_forgotten(ran, monkeypatch, error)
 
 
 def test_every_parameter_is_in_one_group():
-    for genome in (*lineage(6, 20), replace(g.transformer(1, 64, 4), embed_dim=128, tied=True)):
+    tables = Genome((gene("ngram", n=1), gene("ngram", share=1), gene("attention", values="bigram", share=1)))
+    shared = [Genome(genes, embed_dim=64) for genes in SHARED.values()]
+    tied = replace(g.transformer(1, 64, 4), embed_dim=128, tied=True)
+    for genome in (*lineage(6, 20), tied, tables, *shared):
         model = Model(genome, VOCAB)
-        matrices, vectors, embedding, head = model.parameter_groups()
-        found = [*matrices, *vectors, embedding, *([] if head is None else [head])]
+        groups = model.parameter_groups()
+        found = [*groups.matrices, *groups.vectors, *groups.tables, *([] if groups.head is None else [groups.head])]
         assert sorted(map(id, found)) == sorted(map(id, model.parameters()))
-        assert (head is None) == genome.tied and all(p.dim() >= 2 for p in matrices)
+        assert (groups.head is None) == genome.tied and all(p.dim() >= 2 for p in groups.matrices)
+        assert groups.tables[0] is model.embed.table and all(p.dim() == 2 for p in groups.tables)
         names = {id(p): name for name, p in model.named_parameters()}
-        assert [names[id(p)] for p in matrices] == [n for n, p in model.named_parameters() if n.endswith(".weight")]
+        for group, kind in ((groups.matrices, "weight"), (groups.tables, "table")):
+            assert [names[id(p)] for p in group] == [n for n in names.values() if n.endswith(f".{kind}")]
+    assert len(Model(tables, VOCAB).parameter_groups().tables) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -526,18 +1049,36 @@ def test_every_parameter_is_in_one_group():
 
 @pytest.mark.parametrize("op, traits", CASES, ids=label)
 def test_gradient_reaches_every_parameter(op, traits):
-    for wiring in ({}, {"skip": 1, "scale": True, "repeat": 2, "activation": "gelu"}):
+    for wiring in (
+        {},
+        {"skip": 1, "scale": "channel", "repeat": 2, "activation": "gelu"},
+        {"skip": 1, "scale": "token", "stride": 2},
+    ):
         model, idx = build(one(op, 128, **traits, **wiring)), tokens(2, 80)
         model(idx, idx.roll(-1, 1)).backward()
-        for name, p in model.named_parameters():
-            assert p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+        assert unused(model) == [], wiring
+
+
+@pytest.mark.parametrize("op, traits", CASES, ids=label)
+def test_what_starts_at_zero_is_trained_by_the_second_step(op, traits):
+    torch.manual_seed(0)
+    model, idx = Model(one(op, skip=1, scale="zero", **traits), VOCAB), tokens(2, 80)
+    first = model(idx, idx.roll(-1, 1))
+    for step in range(2):
+        model.zero_grad()
+        model(idx, idx.roll(-1, 1)).backward()
+        assert (unused(model) == []) == (step == 1) or not list(model.blocks[0].op.parameters())
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    assert model(idx, idx.roll(-1, 1)) < first
 
 
 @pytest.mark.parametrize("op, traits", COVER, ids=label)
-def test_finite_in_bfloat16_at_full_size(op, traits):
+def test_finite_in_bfloat16_over_1024_tokens(op, traits):
     torch.manual_seed(0)
-    genome = Genome((Gene("norm"), gene(op, 512, skip=2, **traits)), embed_dim=512)
-    model, idx = Model(genome, VOCAB, torch.bfloat16), tokens(1, 2048)
+    genome = Genome((Gene("norm"), gene(op, 128, skip=2, **traits)), embed_dim=128)
+    model, idx = Model(genome, VOCAB, torch.bfloat16), tokens(1, 1024)
     loss = model(idx, idx.roll(-1, 1))
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
@@ -556,23 +1097,223 @@ def test_the_same_seed_builds_the_same_model():
 # Against the independent implementations.
 
 
-def computes(op: Op, expected, x):
+def computes(op: Op, expected, x, *more):
     """Whether op does to x (T, C) what expected(x, weights) does, in float64 up to the float32 that op uses inside."""
     weights = {name: p.detach().double() for name, p in op.state_dict().items()}
-    torch.testing.assert_close(op.double()(x[None])[0], expected(x, weights), rtol=1e-4, atol=1e-5)
+    for part in op.modules():
+        if isinstance(part, NgramTable):
+            part.dtype = torch.float64
+    y = op.double()(*(t[None] for t in (x, *more) if t is not None))[0]
+    torch.testing.assert_close(y, expected(x, weights), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(12))  # a multiple of every number of choices: together they cover each
 def test_attention_in_every_form(seed):
     torch.manual_seed(seed)
-    rng, x = random.Random(seed), torch.randn(80, 64, dtype=torch.float64)
+    rng = random.Random(seed)
     covered = {name: choices[seed % len(choices)] for name, choices in OPS["attention"].traits.items()}
-    for traits in (covered, *({n: rng.choice(c) for n, c in OPS["attention"].traits.items()} for _ in range(4))):
+    for traits in (covered, *({n: rng.choice(c) for n, c in OPS["attention"].traits.items()} for _ in range(3))):
         model = build(one("attention", 64 if traits["heads"] < 8 else 128, **traits))
         op, settled = model.blocks[0].op, dict(model.genome.genes[0].traits)
-        for name in ("temperature", "latent", "memory"):  # reference.attention sees them in the weights
-            del settled[name]
-        computes(op, partial(reference.attention, **{**settled, "kv_heads": op.kv}), x)
+        # reference.attention sees these in the weights
+        values, *_ = [settled.pop(name) for name in ("values", "temperature", "latent", "memory", "conv")]
+        length = BEYOND_WINDOWS if settled["window"] else 80
+        x, idx = torch.randn(length, 64, dtype=torch.float64), tokens(1, length)[0]
+        given = {"plain": None, "token": idx, "bigram": idx, "embedding": torch.randn(length, 64).double()}[values]
+        if values == "embedding":
+            settled["embedding"] = given
+        elif values != "plain":
+            assert op.mixed_in.n == {"token": 1, "bigram": 2}[values]
+            bigrams = op.mixed_in.hash(idx[None])[0] & (g.VALUE_SLOTS - 1)
+            settled["rows"] = idx if values == "token" else bigrams
+        computes(op, partial(reference.attention, **{**settled, "kv_heads": op.kv}), x, given)
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+@pytest.mark.parametrize("pattern", OPS["attention"].traits["pattern"])
+@pytest.mark.parametrize("window", [64, 256])
+def test_a_window_sees_what_it_should(window, pattern, memory):
+    """With queries of zero every key that is seen has the same weight: what comes out is the mean of their values."""
+    torch.manual_seed(0)
+    model = build(
+        one("attention", heads=1, window=window, pattern=pattern, memory=memory, position="none", qk_norm=False)
+    )
+    op = model.blocks[0].op.double()
+    op.q.weight.data.zero_()
+    op.v.weight.data.copy_(torch.eye(64))
+    op.out.weight.data.copy_(torch.eye(64))
+    for length in (1, 15, 17, window - 1, window, window + 1, 2 * window + 1, 4 * window, 4 * window + 70):
+        x = torch.randn(length, 64, dtype=torch.float64)
+        seen = torch.zeros(length, length, dtype=torch.float64)
+        for t in range(length):
+            seen[t, reference.keys_seen(t, window, pattern)] = 1
+        summed = seen @ x + (op.memory_v[0].sum(0) if memory else 0)
+        torch.testing.assert_close(op(x[None])[0], summed / (seen.sum(1, keepdim=True) + memory), rtol=1e-5, atol=1e-5)
+        assert (seen.sum(1) <= window + (16 if pattern == "global" else 0)).all()
+
+
+def read_rows(n: int, slots: int, ids, signs=False, vocab: int = VOCAB):
+    """Which row of a table is read for each token, and with what sign."""
+    table = NgramTable(n, slots, 2, Frame(vocab, 64), signs)
+    angle = (torch.arange(len(table.table)) + 0.5) * math.pi / len(table.table)  # a half turn more is the other sign
+    table.table.data = torch.stack([angle.cos(), angle.sin()], dim=1)
+    with torch.no_grad():
+        y = table(ids)
+    angle = torch.atan2(y[..., 1], y[..., 0])
+    return (angle % math.pi / math.pi * len(table.table)).long(), angle.sign()
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_row_belongs_to_the_last_n_tokens(n, signs):
+    ids = torch.randint(8, (5, 300), generator=torch.Generator().manual_seed(n))
+    rows, sign = read_rows(n, 32_768, ids, signs)
+    found = {}
+    for b, t in product(range(5), range(300)):
+        ngram = tuple(ids[b, t - back].item() if t >= back else None for back in range(n))
+        found.setdefault(ngram, set()).add((rows[b, t].item(), sign[b, t].item()))
+    assert all(len(rows) == 1 for rows in found.values())  # wherever it stands
+    rows_of = {row for ((row, _),) in found.values()}
+    assert len(found) > 7**n and len(rows_of) >= 0.97 * len(found)  # another one has another row
+    if n == 1:
+        assert torch.equal(rows, ids)
+    short = [read_rows(n, 32_768, ids[:, :length], signs) for length in (1, 2, 17)]
+    assert all(torch.equal(r, rows[:, : r.size(1)]) and torch.equal(s, sign[:, : r.size(1)]) for r, s in short)
+    if n > 1:
+        assert torch.equal(read_rows(n, 32_768, ids, signs, vocab=100_000)[0], rows)
+        assert all(p.shape == (32_768, 2) for p in NgramTable(n, 32_768, 2, Frame(9, 64)).parameters())
+    y = NgramTable(n, 4_096, 64, Frame(VOCAB, 64), signs)(ids)
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(5, 300), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("slots", OPS["ngram"].traits["slots"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_ngrams_spread_evenly_over_rows(n, slots):
+    each = {2: 360, 3: 51}[n]
+    all_of_them = torch.cartesian_prod(*[torch.arange(each)] * n)  # the ids that are most alike
+    torch.manual_seed(0)
+    for ids in (all_of_them, all_of_them * 97, torch.randint(50_000, all_of_them.shape).unique(dim=0)):
+        rows, sign = (t[:, -1] for t in read_rows(n, slots, ids, signs=True))
+        assert rows.min() >= 0 and rows.max() < slots
+        expected, count = len(ids) / slots, rows.bincount(minlength=slots)
+        chi_square = ((count - expected) ** 2 / expected).sum()  # of mean slots - 1, and of variance twice that
+        assert chi_square < slots + 6 * math.sqrt(2 * slots)
+        assert abs(sign.mean()) < 5 / math.sqrt(len(ids))
+        excess = torch.zeros(slots).index_add(0, rows, sign).square().sum() / len(ids)  # 1 for a fair sign in each row
+        assert 0.9 < excess < 1.1
+
+
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ngram_is_a_table_gated_by_the_stream(n, gated, signs):
+    torch.manual_seed(0)
+    x, idx = torch.randn(50, 128, dtype=torch.float64), tokens(1, 50)[0]
+    frame, traits = Frame(VOCAB, 64), dict(gene("ngram", n=n, gated=gated, signs=signs).traits)
+    op = OPS["ngram"](128 if gated else None, 64, frame, **traits)
+    hashed = op.ngrams.hash(idx[None])[0]
+    rows = idx if n == 1 else hashed & (traits["slots"] - 1)
+    sign = (hashed >> 21 & 1) * 2 - 1 if traits["signs"] else torch.ones(50)
+    expected = partial(reference.ngram, rows=rows, signs=sign.double())
+    if gated:
+        computes(op, expected, x, idx)
+    else:
+        computes(op, lambda _, w: expected(x, w), idx)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("kind", OPS["gate"].traits["kind"])
+def test_gate_is_an_mlp(kind, gated):
+    torch.manual_seed(0)
+    x = torch.randn(20, 128, dtype=torch.float64)
+    for expansion in OPS["gate"].traits["expansion"]:
+        op = OPS["gate"](128, 64, kind, expansion, gated)
+        hidden = op.up.weight.size(0)
+        assert hidden == expansion * 64 if not gated else 0 <= hidden - expansion * 64 * 2 / 3 < 64
+        assert op.out.weight.shape == (64, hidden)
+        computes(op, partial(reference.gate, kind=kind), x)
+
+
+@pytest.mark.parametrize("mix", OPS["shift"].traits["mix"])
+def test_shift_is_a_loop(mix):
+    torch.manual_seed(0)
+    op = build(one("shift", mix=mix)).blocks[0].op
+    assert op.mix.numel() == 64
+    computes(op, reference.shift, torch.randn(20, 64, dtype=torch.float64))
+
+
+def randomised(part):
+    for p in part.parameters():
+        p.data = torch.randn_like(p) / math.sqrt(p.size(-1))
+    return part.double()
+
+
+@pytest.mark.parametrize("stride", g.WIRING["stride"])
+@pytest.mark.parametrize("scale", g.WIRING["scale"])
+def test_a_gene_is_its_op_in_its_wiring(scale, stride):
+    torch.manual_seed(0)
+    ops = {"linear": lambda y, w: y @ w["out.weight"].T, "shift": reference.shift}
+    widths = [(64, 64, None), (64, 64, 64), (128, 64, 64), (64, 128, 64), (128, 128, 64)]
+    lengths = (1, 2, 3, 4, 5, 7, 8, 11)
+    for (d_in, d_out, d_skip), repeat, op in product(widths, (1, 2, 3), ops):
+        if OPS[op].keeps_width and d_in != d_out:
+            continue
+        activation = random.Random(repeat).choice(g.WIRING["activation"])
+        wiring = dict(activation=activation, repeat=repeat, scale=scale if d_skip else "none", stride=stride)
+        block = randomised(
+            Block(gene(op, d_out, skip=int(d_skip is not None), **wiring), d_in, d_skip, Frame(VOCAB, 64))
+        )
+        weights = block.state_dict()
+        inner = {name.removeprefix("op."): p for name, p in weights.items() if name.startswith("op.")}
+        assert ("resize.weight" in weights) == (repeat > 1 and d_in != d_out)
+        assert ("project.weight" in weights) == (d_skip not in (None, d_out))
+        for length in lengths:
+            x = torch.randn(length, d_in, dtype=torch.float64)
+            skip = None if d_skip is None else torch.randn(length, d_skip, dtype=torch.float64)
+            y = block(x[None], None if skip is None else skip[None])[0]
+            expected = reference.wired(partial(ops[op], w=inner), x, skip, weights, **wiring)
+            torch.testing.assert_close(
+                y, expected.view(length, d_out) if len(expected) else expected, rtol=1e-6, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize(
+    "op, traits",
+    [
+        *(("ngram", {"gated": gated, "n": n}) for gated in (True, False) for n in (1, 2)),
+        *(("attention", {"values": values}) for values in OPS["attention"].traits["values"]),
+    ],
+    ids=label,
+)
+def test_a_stride_groups_tokens_and_embedding_too(op, traits, stride):
+    torch.manual_seed(0)
+    x = gene(op, stride=stride, **traits)
+    block = Block(x, 64 if "stream" in x.reads else None, None, Frame(VOCAB, 128))
+    for length in (1, stride - 1, stride, 5, 23):
+        stream, idx, embedding = torch.randn(length, 64), tokens(1, length)[0], torch.randn(length, 128)
+        given = {"stream": stream, "ids": idx, "embedding": embedding}
+        y = (
+            block(*(t[None] for t in (stream,)), None, idx[None], embedding[None])[0]
+            if "stream" in x.reads
+            else block(None, None, idx[None])[0]
+        )
+        inputs = [reference.grouped(given[name], stride)[None] for name in x.reads]
+        made = block.op(*inputs)[0] if length >= stride else torch.zeros(0, 64)
+        expected = reference.ungrouped(made.detach().double(), stride, length)
+        torch.testing.assert_close(y.detach().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gains_start_where_they_should():
+    torch.manual_seed(0)
+    x, skip = torch.randn(1, 6, 64), torch.randn(1, 6, 64)
+    frame = Frame(VOCAB, 64)
+    plain = Block(gene("gate", skip=1), 64, 64, frame)
+    branch = plain(x, skip) - skip
+    for scale, start in {"channel": 1.0, "small": g.RESIDUAL_INIT, "zero": 0.0, "token": 1.0}.items():
+        block = Block(gene("gate", skip=1, scale=scale), 64, 64, frame)
+        block.op = plain.op
+        torch.testing.assert_close(block(x, skip) - skip, start * branch)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -609,12 +1350,63 @@ def test_linear_attention_is_the_recurrence(strength, length):
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_a_triangular_matrix_is_inverted(size):
+    torch.manual_seed(0)
+    full = [torch.randn(5, size, size), torch.ones(1, size, size), -torch.ones(1, size, size) / 2]
+    for a in (x.double().tril(-1).requires_grad_() for x in full):
+        y, upstream = g.unit_lower_inverse(a, torch.float64), torch.randn(len(a), size, size).double()
+        expected = torch.linalg.inv(torch.eye(size).double() + a)
+        large = expected.detach().abs().max()
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9 * large.item())
+        grads = [torch.autograd.grad(z, a, upstream, retain_graph=True)[0] for z in (y, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9 * grads[1].abs().max().item())
+
+
+@pytest.mark.parametrize("keys", ["different", "equal"])  # equal keys at rate 1: a series for the inverse would blow up
+@pytest.mark.parametrize("strength", [0.0, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_the_delta_rule_is_the_recurrence(strength, length, keys):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, length, d, dtype=torch.float64) for d in (8, 8, 5))
+    log_decay = -strength * torch.rand(2, 2, length, 8, dtype=torch.float64)
+    log_decay[0] = -strength  # the strongest there is, all along
+    rate = torch.rand(2, 2, length, 1, dtype=torch.float64)
+    if keys == "equal":
+        k[:], rate[:] = k[:, :, :1], 1.0
+    k = F.normalize(k, dim=-1)
+    inputs = [t.requires_grad_() for t in (q, k, v, log_decay, rate)]
+    expected = torch.stack([
+        torch.stack([
+            reference.delta_recurrence(q[b, h], k[b, h], v[b, h], log_decay[b, h].exp(), rate[b, h, :, 0])
+            for h in range(2)
+        ])
+        for b in range(2)
+    ])  # fmt: skip
+    y, upstream = g.delta_rule(*inputs), torch.randn(2, 2, length, 5, dtype=torch.float64)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(z, inputs, upstream) for z in (y, expected)]
+    for ours, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4 * max(1.0, exact.abs().max().item()))
+    single = g.delta_rule(*(t.detach().float() for t in inputs))
+    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("write", OPS["retention"].traits["write"])
+@pytest.mark.parametrize("decay", OPS["retention"].traits["decay"])
+def test_retention_in_every_form(decay, write):
+    torch.manual_seed(0)
+    x = torch.randn(70, 64, dtype=torch.float64)
+    for position, gating in product(("rope", "none"), ("output", "none")):
+        traits = dict(heads=2, decay=decay, position=position, gating=gating, write=write)
+        op = build(one("retention", **traits)).blocks[0].op
+        computes(op, partial(reference.retention, heads=2, decay=decay, position=position), x)
+
+
 @pytest.mark.parametrize("traits", [{"decay": d} for d in OPS["retention"].traits["decay"]], ids=label)
 def test_retention_decays_as_declared(traits):
-    op, x = (
-        OPS["retention"](32, 32, **{"heads": 4, "position": "none", "gating": "none", **traits}),
-        torch.randn(1, 5, 32),
-    )
+    usual = {"heads": 4, "position": "none", "gating": "none", "write": "add"}
+    op, x = OPS["retention"](32, 32, **{**usual, **traits}), torch.randn(1, 5, 32)
     decay = op.log_decay(x).exp()
     assert decay.shape == (1, 4, 5, 8) and (decay >= math.exp(g.MIN_LOG_DECAY)).all() and (decay <= 1).all()
     fixed = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(4)])
@@ -721,7 +1513,69 @@ def test_named_designs_can_be_compared():
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Hostile genome files.
+# Genome files of before, and hostile ones.
+
+BEFORE = {  # the traits that genes had in the first version
+    "linear": (),
+    "conv1d": ("kernel", "kind"),
+    "shift": (),
+    "attention": (
+        *("heads", "kv_heads", "position", "window", "similarity", "normalisation", "temperature", "gating", "qk_norm"),
+        *("latent", "memory"),
+    ),
+    "retention": ("heads", "decay", "position", "gating"),
+    "ssm": ("gating",),
+    "gru": (),
+    "gate": ("kind", "expansion"),
+    "norm": ("kind",),
+    "identity": (),
+    "moe_router": ("experts", "routing", "shared"),
+    "memory": ("slots",),
+}
+NONE_OF_IT = {  # what those that came later have to be where a file does not name them
+    "attention": dict(
+        rope_base=10_000, rope_share=1.0, pattern="near", conv=0, values="plain", exclusive=False
+    ),
+    "shift": dict(mix="channel"),
+    "retention": dict(write="add"),
+    "gate": dict(gated=True),
+}  # fmt: skip
+PUBLISHED = [HERE / "results.tsv", *sorted((HERE / "runs").glob("*/results.tsv"))]
+
+
+@pytest.mark.parametrize("op", BEFORE)
+def test_a_gene_of_before_means_the_same(op):
+    choices = [{name: choice} for name in BEFORE[op] for choice in OPS[op].traits[name]]
+    for traits, scale in product(choices or [{}], (False, True)):
+        known = {**{name: OPS[op].traits[name][0] for name in BEFORE[op]}, **traits}
+        written = {"op": op, "dim": None if OPS[op].keeps_width else 64, "activation": "relu", "input": 1, "skip": 1}
+        text = json.dumps({"genes": [{**written, "repeat": 2, "scale": scale, **known}]})
+        (read,) = Genome.from_json(text).genes
+        new = {name: value for name, value in read.traits if name not in BEFORE[op]}
+        assert new == NONE_OF_IT.get(op, {}) and set(dict(read.traits)) == {*BEFORE[op], *new}
+        assert read.scale == ("channel" if scale else "none") and (read.stride, read.share) == (1, 0)
+        assert read == Gene(**{**written, "repeat": 2, "scale": "channel" if scale else "none", **known})
+        assert Genome.from_json(Genome((read,)).to_json()).genes == (read,)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(HERE)))
+def test_a_published_record_is_read_as_it_was_written(path, monkeypatch):
+    with open(path, encoding="utf-8") as file:
+        if json.loads(next(file).removeprefix("#"))["fingerprint"] != "42d79e2fe3e26d47":
+            pytest.skip("a run of one's own")
+        limit = csv.field_size_limit(g.MAX_JSON)
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        csv.field_size_limit(limit)
+    counted = {row["id"]: Genome.from_json(row["genome"]).num_params(8192) for row in rows}
+    assert len(rows) > 100 and counted == {row["id"]: int(row["params"]) for row in rows}
+    assert all(Genome.from_json(row["genome"]).summary == row["summary"] for row in rows)
+
+
+def test_the_published_winner_is_read():
+    data = json.loads((HERE / "best_genome.json").read_text(encoding="utf-8"))
+    genome = Genome.from_dict(data["genome"])
+    assert genome.summary == data["summary"] and not any(x.share or x.stride > 1 for x in genome.genes)
+
 
 GOOD = {"genes": [{"op": "attention", "dim": 256, "heads": 4}]}
 
@@ -741,6 +1595,12 @@ HOSTILE = {  # what the message has to name: the text
     "activation": [with_gene(activation=x) for x in ("swish", None, 0, ["relu"])],
     "repeat": [with_gene(repeat=x) for x in (0, 4, 10**9, True, "2")],
     "scale": [with_gene(scale=x) for x in (0, 1, None, "true")],
+    "stride": [with_gene(stride=x) for x in (0, 3, -1, 10**9, True, None, "2", 2.0)],
+    "share": [with_gene(share=x) for x in (-1, 1, 49, 10**30, 1.0, True, None, "1")],
+    "rope_base": [with_gene(rope_base=x) for x in (10_000.0, "10000", 0, None)],
+    "rope_share": [with_gene(rope_share=x) for x in (1, 2.0, math.nan, True)],
+    "exclusive": [with_gene(exclusive=x) for x in (0, 1, "false", None)],
+    "values": [with_gene(values=x) for x in ("all", None, True, ["token"])],
     "traits": [with_gene(traits=[["heads", 4]])],
     "self": [with_gene(self=1)],
     "unknown": [with_gene(unknown=1), json.dumps({**GOOD, "unknown": 1})],
@@ -750,7 +1610,7 @@ HOSTILE = {  # what the message has to name: the text
     "network": [json.dumps({**GOOD, "network": []})],
     "genes": [
         *("{}", "[]", "null", "3", '"genes"', '{"genes": {}}', '{"genes": null}', '{"genes": []}'),
-        json.dumps({"genes": GOOD["genes"] * 49}),
+        json.dumps({"genes": GOOD["genes"] * (g.MAX_GENES + 1)}),
         json.dumps({"genes": [None]}),
         json.dumps({"genes": [[]]}),
         '{"genes": [' + "[" * 800 + "]" * 800 + "]}",
@@ -782,6 +1642,8 @@ def test_a_huge_file_is_refused_unread():
 def test_parameters_are_counted_without_allocating_them():
     genome, vocab = g.transformer(12, 512, 8), 10**12
     assert genome.num_params(vocab) == genome.num_params(0) + 2 * 512 * vocab
+    tables = Genome((gene("attention", 512, values="token"), gene("ngram", 512, n=1), gene("ngram", 512, n=2)))
+    assert tables.num_params(vocab) == tables.num_params(0) + (256 + 3 * 512) * vocab
 
 
 @pytest.mark.parametrize(
@@ -819,7 +1681,7 @@ def damaged(data, rng: random.Random):
         elif isinstance(spot, list):
             spot.extend(spot[: rng.choice((1, 60))])
         else:
-            spot[rng.choice(["op", "dim", "heads", "extra", "skip", "input"])] = spot.pop(key)
+            spot[rng.choice(["op", "dim", "heads", "extra", "skip", "input", "share", "stride"])] = spot.pop(key)
         return data
 
 
@@ -865,11 +1727,3 @@ def test_a_genome_can_be_pickled_and_cannot_be_changed():
     with pytest.raises(AttributeError):
         _ = genome.genes[0].heads  # a norm has none
     assert genome.genes[1].heads == 4
-
-
-def test_the_variants_of_the_winner_are_fifty():
-    found = variants.near_the_winner()
-    assert len({net.key for net in found.values()}) == len(found) == 50
-    assert found["winner"].summary == (
-        "norm→ssm→norm→shift→moe_router→norm→attention→norm→moe_router→norm×2→ssm→moe_router→norm"
-    )

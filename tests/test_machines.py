@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import family_of_transformers, forked
+from helpers import family_of_transformers, forked, genes_have
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def toys(monkeypatch):
     monkeypatch.setattr(evolve, "evaluate", toy)
     monkeypatch.setattr(evolve, "START_METHOD", "fork")
     monkeypatch.setattr(evolve, "picture", lambda rows, *_: b"a picture")
-    monkeypatch.setattr(genome, "block_params", lambda gene, d_in, d_skip: 1000)
+    monkeypatch.setattr(genome, "block_params", genes_have(1_000))
 
 
 def wait_until(condition, seconds: float = 30):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import genes_have, remember_designs
 
 import evolve
 import genome
@@ -52,10 +53,15 @@ def task(net: Genome = NET, id: str = "g0.01", seed: int = 0, **fields) -> Task:
     return Task(**{**dict(stage="search", id=id, genome=net, seed=seed, order=0, generation=0), **fields})
 
 
+@pytest.fixture(autouse=True)
+def remembered(monkeypatch):
+    remember_designs(monkeypatch)
+
+
 @pytest.fixture
 def free_params(monkeypatch):
-    """A gene has 1,000 parameters; to count them costs more than all else here."""
-    monkeypatch.setattr(genome, "block_params", lambda gene, d_in, d_skip: 1_000)
+    """A gene has 1,000 parameters."""
+    monkeypatch.setattr(genome, "block_params", genes_have(1_000))
 
 
 def noise(t: Task) -> float:
@@ -187,9 +193,13 @@ def test_tuning_finds_the_best_wherever_it_lies(id, best):
     assert len(designs_of(rows)) <= s.baseline_trials == 20
     assert all(Genome.from_json(row.genome).num_params(REAL_VOCAB) <= s.max_params for row in rows)
     assert len({row.evaluation for row in rows}) == len(rows), "nothing is evaluated twice"
-    ids = [row.id for row in rows]
-    reached = {row.id: (row.val_bpb, evolve.in_order(row.id)) for row in first if evolve.family_of(row.id)}
-    best_three = sorted(reached, key=reached.get)[:3]
+    ids, best_three = [row.id for row in rows], []
+    for family in genome.FAMILIES:
+        reached = {
+            row.id: (row.val_bpb, evolve.in_order(row.id)) for row in first if evolve.family_of(row.id) == family
+        }
+        best_three += sorted(reached, key=reached.get)[:3]
+    assert len(best_three) == 3 * len(genome.FAMILIES)
     assert {id for id in ids if ids.count(id) > 1} == set(best_three), "the survivors are repeated and nothing else"
     assert all(sorted(row.seed for row in rows if row.id == id) == [0, 1, 2] for id in best_three)
     assert [id for id in ids if not evolve.family_of(id)] == list(genome.LEVELS)
@@ -198,32 +208,41 @@ def test_tuning_finds_the_best_wherever_it_lies(id, best):
 @pytest.mark.parametrize("trials", [1, 2, 5, 8])
 def test_tuning_ends_with_its_trials(free_params, trials):
     rows = tuned(valley(3, 256, lr_factor=0.7), Settings(baseline_trials=trials), VOCAB)
-    assert len(designs_of(rows)) == trials
+    assert len(designs_of(rows)) == trials and len(designs_of(rows, "modern")) == math.ceil(trials / 2)
     more = tuned(valley(3, 256, lr_factor=0.7), Settings(baseline_trials=12), VOCAB, rows=rows)
     assert more[: len(rows)] == rows and len(designs_of(more)) == 12
     alone = tuned(valley(3, 256, lr_factor=0.7), Settings(baseline_trials=12), VOCAB)
     assert set(designs_of(more)) == set(designs_of(alone)), "raising BASELINE_TRIALS goes on where it had ended"
+    again = set(designs_of(alone, "modern"))
+    assert len(again) == 6 and set(designs_of(more, "modern")) >= again, "from another start, if that is better now"
 
 
 def test_each_round_of_tuning_depends_on_earlier_rows_alone(free_params):
-    """In any order, and interrupted anywhere, also within the repeats, where a new score may change who is best."""
+    """In any order, and interrupted anywhere, in either family, also within the repeats, where a new score may change
+    who is best: the second family began at the design whose first score was best, and that stays so."""
 
-    def score(t):
-        return valley(4, 192, heads=4, lr_factor=1.4)(t) + 0.3 * noise(t)
+    def noisy(score):
+        return lambda t: score(t) + 0.3 * noise(t)
 
-    s, rng = Settings(baseline_trials=12, max_params=500_000), random.Random(0)
-    whole = tuned(score, s, VOCAB)
-    assert len(designs_of(whole)) == 12
-    best = evolve.of_family(whole, "transformer")[:3]
-    assert [c.tried for c in best] == [3] * 3
+    first, second = valley(4, 192, heads=4, lr_factor=1.4), modern_valley(n_layer=4, dim=192, conv=4, values="half")
+    score, rng = of_both(noisy(first), noisy(second)), random.Random(0)
+    s = Settings(baseline_trials=12, max_params=500_000)
+
+    def go_on(rows):
+        return tuned_on(rows, score, s, VOCAB)[0]
+
+    whole = go_on([])
+    assert len(designs_of(whole)) == 12 and len(designs_of(whole, "modern")) == 6
+    for family in genome.FAMILIES:
+        assert [c.tried for c in evolve.of_family(whole, family)[:3]] == [3] * 3
     repeated = {row.id for row in whole if row.seed}
-    assert repeated > {c.id for c in best}, "one that was repeated is not among the best any more"
+    best = {c.id for family in genome.FAMILIES for c in evolve.of_family(whole, family)[:3]}
+    assert repeated > best, "one that was repeated is not among the best any more"
     for done in range(len(whole)):
         part = whole[:done]
         planned = evolve.baseline_tasks(part, s, VOCAB)
         assert evolve.baseline_tasks(rng.sample(part, len(part)), s, VOCAB) == planned and planned
-        rest = tuned(score, s, VOCAB, rows=part)
-        assert evaluations(rest) == evaluations(whole)
+        assert evaluations(go_on(part)) == evaluations(whole)
 
 
 def test_failed_trials_of_a_family_count_as_worst():
@@ -253,10 +272,21 @@ def test_a_baseline_that_fails_in_its_repeats_is_not_repeated_for_ever(free_para
     assert best.id != "transformer-1x64" and len(best.scores) == 3
 
 
-@pytest.mark.parametrize("max_params, ids", {577_663: [], 600_000: ["transformer-1x64-tied"]}.items())
+@pytest.mark.parametrize(
+    "max_params, ids",
+    {
+        573_567: [],
+        573_568: ["modern-1x64-tied"],
+        577_663: ["modern-1x64-tied"],
+        577_664: ["transformer-1x64-tied"],
+    }.items(),
+)
 def test_tuning_under_a_small_limit_begins(max_params, ids):
+    """Where no transformer fits, the second family has nothing to begin with and begins with a line of its own."""
     tasks = evolve.baseline_tasks([], Settings(max_params=max_params), REAL_VOCAB)
     assert [t.id for t in tasks] == ids
+    if ids:
+        assert tasks[0].genome.num_params(REAL_VOCAB) in (573_568, 577_664)
 
 
 @pytest.mark.parametrize("max_params", [600_000, 1_110_000, 1_200_000, 2_000_000])
@@ -281,32 +311,48 @@ def toy_design(n_layer: int, dim: int, expansion: int = 4) -> Genome:
 TOY = Family(toy_design, {"expansion": (4, 1, 2)})
 
 
-def test_a_second_family_is_tuned_and_led_over_as_well(monkeypatch, free_params):
-    monkeypatch.setitem(genome.FAMILIES, "toy", TOY)
-    s = small(baseline_trials=20, max_params=400_000)
+def toy_score(t: Task) -> float:
+    """Four layers, 256 wide, with the smallest expansion are best."""
+    gate = t.genome.genes[-1]
+    away = abs(len(t.genome.genes) // 3 - 4) + abs(WIDTHS.index(gate.dim) - 3) + dict(gate.traits)["expansion"] - 1
+    return 1.7 + 0.05 * away
+
+
+@pytest.mark.parametrize("second, rival", [("toy", "transformer"), ("modern", "transformer"), ("modern", "modern")])
+def test_a_second_family_is_tuned_and_led_over_as_well(monkeypatch, free_params, second, rival):
+    """The better of both is the rival, and in each table the lead over each stands beside."""
+    if second == "toy":
+        monkeypatch.delitem(genome.FAMILIES, "modern")
+        monkeypatch.setitem(genome.FAMILIES, "toy", TOY)
+    s, handicap = small(baseline_trials=20, max_params=400_000), 0.2 if rival == "transformer" else -0.2
 
     def result(t):
-        if t.id.startswith("toy"):
-            gate = t.genome.genes[-1]
-            away = (
-                abs(len(t.genome.genes) // 3 - 4) + abs(WIDTHS.index(gate.dim) - 3) + dict(gate.traits)["expansion"] - 1
-            )
-            return fake(t, lambda t: 1.7 + 0.05 * away)
-        return fake(t)
+        scores = {"toy": toy_score, "modern": lambda t: quality(t) + handicap}
+        return fake(t, scores.get(evolve.family_of(t.id), quality))
 
     rows = played([], s, result)
-    assert {len(designs_of(rows, family)) for family in ("transformer", "toy")} <= set(range(6, 21))
+    tried = {family: len(designs_of(rows, family)) for family in ("transformer", second)}
+    assert 6 <= tried["transformer"] <= 20 and 6 <= tried[second] <= (20 if second == "toy" else 10)
     best = [c.id for c in evolve.best_baselines(rows)]
-    assert best[1] == "toy-4x256-expansion1" and best[0].startswith("transformer-")
+    assert [evolve.family_of(id) for id in best] == ["transformer", second]
+    assert second != "toy" or best[1] == "toy-4x256-expansion1"
     o = evolve.outcome(rows, s, VOCAB)
     for table in (o.final, o.long, o.passes):
         names = [st.id for st in table if evolve.family_of(st.id)]
-        assert {evolve.family_of(name) for name in names} == {"transformer", "toy"} and len(names) == 2
+        assert {evolve.family_of(name) for name in names} == {"transformer", second} and len(names) == 2
         assert all(list(st.leads) == ([] if st.id in names else names) for st in table)
+        means = {st.id: st.test.mean for st in table}
+        assert table[0].leads == {name: evolve.estimate(table[0].leads[name].values) for name in names}
+        assert all(
+            lead.mean == pytest.approx(means[name] - means[table[0].id]) for name, lead in table[0].leads.items()
+        )
         (head, line, *_) = evolve.table_text(table, {})
         assert f"lead over {names[0]}, over {names[1]} on test" in head
         assert line.endswith(f"{table[0].leads[names[0]]}, {table[0].leads[names[1]]}")
     assert o.rival.id == min((st for st in o.final if evolve.family_of(st.id)), key=lambda st: st.val.mean).id
+    assert evolve.family_of(o.rival.id) == rival
+    kept = evolve.best_genome(rows, {}, s, o)
+    assert kept["rival"]["id"] == o.rival.id and {st["id"] for st in kept["final"]["baselines"]} == set(best)
 
 
 def test_a_family_may_have_the_name_of_a_level(monkeypatch):
@@ -317,6 +363,322 @@ def test_a_family_may_have_the_name_of_a_level(monkeypatch):
         assert len({t.evaluation for t in tasks}) == len(tasks)
         rows += map(fake, tasks)
     assert len({row.evaluation for row in rows}) == len(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The second family, which begins where the first has ended
+
+MODERN = genome.FAMILIES["modern"]
+OWN = {name: choices for name, choices in MODERN.traits.items() if name not in USUAL}
+FIRST = dict(n_layer=5, dim=256, heads=4, lr_factor=1.4)  # the best transformer, where no other is named
+START = "modern-5x256-heads4-lr1.4"
+ROOMY = Settings(max_params=20_000_000)  # the tables of its values fit as well
+
+
+def modern_traits(net: Genome) -> dict[str, object]:
+    """Of a design of the second family; with one or two layers the last is half of them."""
+    attentions = [gene for gene in net.genes if gene.op == "attention"]
+    with_values, half = sum(gene.values == "token" for gene in attentions), (len(attentions) + 1) // 2
+    gate = next(gene for gene in net.genes if gene.op == "gate")
+    return dict(
+        n_layer=len(attentions), dim=net.embed_dim, heads=attentions[0].heads, lr_factor=net.lr_factor, tied=net.tied,
+        conv=attentions[0].conv, values={half: "half", 1: "last", 0: "none"}[with_values],
+        mlp="swiglu" if gate.gated else "relu2", x0=any(gene.op == "identity" for gene in net.genes),
+    )  # fmt: skip
+
+
+def modern_valley(**best) -> Callable[[Task], float]:
+    """A score with one lowest place, 1.0. Where choices are words, that place aside the usual one is the best."""
+    best = {**{name: choices[0] for name, choices in MODERN.traits.items()}, **FIRST, **best}
+
+    def away(name, value):
+        if name == "n_layer":
+            return 0.2 * abs(math.log2(value / best[name]))
+        choices = WIDTHS if name == "dim" else sorted(MODERN.traits[name])
+        if isinstance(value, str):
+            return 0 if value == best[name] else 0.03 if value == MODERN.traits[name][0] else 0.05
+        return 0.02 * abs(choices.index(value) - choices.index(best[name]))
+
+    return lambda t: 1 + sum(away(name, value) for name, value in modern_traits(t.genome).items())
+
+
+def of_both(first: Callable[[Task], float], second: Callable[[Task], float]) -> Callable[[Task], float]:
+    """The score of a baseline: of transformers, of the second family, and of what belongs to neither."""
+    scores = {"transformer": first, "modern": second}
+    return lambda t: scores.get(evolve.family_of(t.id), lambda t: 9.0)(t)
+
+
+def tuned_on(rows, score: Callable[[Task], float], s: Settings, vocab: int = REAL_VOCAB):
+    """Go on with the baselines to the end: the rows, and what of the second family was asked for at once, by id."""
+    rows, asked = list(rows), []
+    while tasks := evolve.baseline_tasks(rows, s, vocab):
+        if new := [t.id for t in tasks if evolve.family_of(t.id) == "modern" and t.seed == s.seed * evolve.SEEDS]:
+            asked.append(new)
+        rows += [fake(t, score) for t in tasks]
+    return rows, asked
+
+
+@pytest.fixture
+def first_tuned() -> list[Result]:
+    """The rows of a run up to where its second family begins."""
+    rows, s = [], ROOMY
+    while evolve.tuned("transformer", rows, s, REAL_VOCAB)[1]:
+        rows += [fake(t, of_transformers(valley(**FIRST))) for t in evolve.baseline_tasks(rows, s, REAL_VOCAB)]
+    assert evolve.best_baselines(rows)[0].id == "transformer-5x256-heads4-lr1.4" and not designs_of(rows, "modern")
+    return rows
+
+
+def test_the_second_family_waits_for_the_first():
+    """For the last of its evaluations, one at a time."""
+    s, rows, begun = Settings(), [], False
+    while tasks := evolve.baseline_tasks(rows, s, REAL_VOCAB):
+        families = {evolve.family_of(t.id) for t in tasks} - {None} if not tasks[0].seed else set()
+        assert len(families) <= 1 and not (begun and "transformer" in families)
+        begun |= "modern" in families
+        waits = evolve.tuned("modern", rows, s, REAL_VOCAB) == ([], [])
+        assert waits == bool(evolve.tuned("transformer", rows, s, REAL_VOCAB)[1]) == (not begun)
+        rows.append(fake(tasks[0], of_both(valley(**FIRST), modern_valley(conv=2))))
+    assert begun and not evolve.tuned("modern", rows, s, REAL_VOCAB)[1]
+
+
+@pytest.mark.parametrize("best", [dict(), dict(n_layer=3, heads=1), dict(n_layer=5, dim=320, lr_factor=0.7, tied=True)])
+def test_the_second_family_begins_at_the_best_of_the_first(best):
+    best = {**FIRST, **best}
+    rows, asked = tuned_on([], of_both(valley(**best), modern_valley()), Settings(baseline_trials=40))
+    assert evolve.best_baselines(rows)[0].genome == llama(**best)
+    (start,) = asked[0]
+    assert start == evolve.best_baselines(rows)[0].id.replace("transformer", "modern")
+    (net,) = {row.genome for row in rows if row.id == start}
+    assert Genome.from_json(net) == genome.modern(**best)
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Where the second family starts, by its traits, when the first has ended with that design."""
+    tuning = evolve.tuned
+
+    def starts(s: Settings, vocab: int, **traits) -> tuple[str, Genome] | None:
+        best = evolve.Design("transformer", {**USUAL, **traits})
+        monkeypatch.setattr(evolve, "tuned", lambda name, *rest: ([best], []) if name == best.family else None)
+        found, wanted = tuning("modern", [], s, vocab)
+        assert found == [] and len(wanted) <= 1
+        return wanted[0].id, wanted[0].genome
+
+    return starts
+
+
+def test_the_second_family_begins_with_what_fits(starts):
+    """As deep, wide and so on; with its head tied or fewer layers where it has to be."""
+    s, ids = Settings(), set()
+    for n_layer, dim, tied, expansion in itertools.product((1, 5, 9, 12, 16), (64, 256, 512), (True, False), (4, 1)):
+        own = dict(heads=4, lr_factor=0.7, tied=tied)
+        id, net = starts(s, REAL_VOCAB, n_layer=n_layer, dim=dim, **own, expansion=expansion)
+        fit = []
+        for layers, head in itertools.product(range(n_layer, 0, -1), sorted({True, tied})):
+            if not fit and 5 * layers - 1 <= MAX_GENES:
+                made = genome.modern(layers, dim, **{**own, "tied": head})
+                fit += [made] if made.num_params(REAL_VOCAB) <= s.max_params else []
+        assert [net] == fit, id
+        ids.add(id.removesuffix("-heads4-lr0.7"))
+    assert {"modern-5x256", "modern-12x64", "modern-13x64", "modern-9x256-heads4-lr0.7-tied"} <= ids
+    assert "modern-12x256-heads4-lr0.7-tied" not in ids and "modern-9x256" not in ids, "too many parameters"
+    assert llama(16, 64).num_params(REAL_VOCAB) < s.max_params / 2 and "modern-16x64" not in ids, "too many genes"
+
+
+def test_own_traits_come_before_depth(first_tuned):
+    """Where nothing is better than the start: each neighbour of it, from depth on as in the first family."""
+    rows, asked = tuned_on(first_tuned, lambda t: 1.0 if t.id == START else 2.0, ROOMY)
+    assert asked == [
+        [START],
+        ["modern-5x256-conv2-heads4-lr1.4"],
+        ["modern-5x256-valueslast-heads4-lr1.4", "modern-5x256-valueshalf-heads4-lr1.4"],
+        ["modern-5x256-mlpswiglu-heads4-lr1.4"],
+        ["modern-5x256-no-x0-heads4-lr1.4"],
+        ["modern-3x256-heads4-lr1.4", "modern-7x256-heads4-lr1.4"],
+        ["modern-4x256-heads4-lr1.4", "modern-6x256-heads4-lr1.4"],
+    ]
+    assert sum(map(len, asked)) == 10 == math.ceil(ROOMY.baseline_trials * MODERN.effort)
+    assert evolve.best_baselines(rows)[1].id == START
+    more = tuned_on(rows, lambda t: 1.0 if t.id == START else 2.0, dataclasses.replace(ROOMY, baseline_trials=100))[1]
+    ids = [id.removeprefix("modern-") for ids in more for id in ids]
+    assert ids == [
+        "5x192-heads4-lr1.4", "5x320-heads4-lr1.4", "5x256-lr1.4", "5x256-heads8-lr1.4", "5x256-heads4",
+        "5x256-heads4-lr2.0", "5x256-heads4-lr1.4-tied",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("trials", [1, 2, 3, 5, 8, 19, 20])
+def test_the_second_family_ends_with_its_share_of_trials(free_params, trials):
+    """Though it would go on: in as many evaluations as it asked for at once, or in the midst of them."""
+    wants_more = modern_valley(n_layer=2, dim=512, heads=1, lr_factor=0.25, conv=4, values="half", mlp="swiglu")
+    rows, asked = tuned_on([], of_both(valley(4, 192), wants_more), Settings(baseline_trials=trials), VOCAB)
+    assert len(designs_of(rows, "modern")) == sum(map(len, asked)) == math.ceil(trials / 2)
+
+
+def test_the_best_of_the_traits_of_its_own_is_found_wherever_it_lies(first_tuned):
+    """All 48 of them, in half of the trials that the first family has."""
+    for choice in itertools.product(*OWN.values()):
+        best, rows = dict(zip(OWN, choice, strict=True)), list(first_tuned)
+        while designs := evolve.tuned("modern", rows, ROOMY, REAL_VOCAB)[1]:
+            rows += [fake(Task("baseline", d.id, d.genome, 0, 0), modern_valley(**best)) for d in designs]
+        assert len(designs_of(rows, "modern")) <= 10
+        found = min((row for row in rows if evolve.family_of(row.id) == "modern"), key=lambda row: row.val_bpb)
+        assert modern_traits(Genome.from_json(found.genome)) == {**FIRST, "tied": False, **best} and found.val_bpb == 1
+
+
+@pytest.mark.parametrize(
+    "best",
+    [
+        dict(n_layer=8, conv=3, values="half"),
+        dict(n_layer=2, dim=320, mlp="swiglu"),
+        dict(heads=1, lr_factor=0.7, tied=True, x0=False),
+    ],
+)
+def test_then_come_those_that_it_has_from_the_first(first_tuned, best):
+    rows, _ = tuned_on(first_tuned, modern_valley(**best), dataclasses.replace(ROOMY, baseline_trials=60))
+    found = min((row for row in rows if evolve.family_of(row.id) == "modern"), key=lambda row: row.val_bpb)
+    usual = {name: choices[0] for name, choices in MODERN.traits.items()}
+    assert modern_traits(Genome.from_json(found.genome)) == {**usual, **FIRST, **best}
+    assert len(designs_of(rows, "modern")) <= 30
+
+
+def test_words_are_all_neighbours(first_tuned):
+    """Of "none", "last" and "half" the third is found at once, though the second is worse than the first."""
+    score = modern_valley(values="half")
+    rows, asked = tuned_on(first_tuned, score, ROOMY)
+    ids = [f"modern-5x256{own}-heads4-lr1.4" for own in ("", "-valueslast", "-valueshalf")]
+    assert asked[2] == ids[1:] and "valueshalf" in asked[3][0]
+    reached = {row.id: row.val_bpb for row in rows}
+    assert reached[ids[1]] > reached[ids[0]] > reached[ids[2]] == 1
+    assert evolve.best_baselines(rows)[1].id == ids[2]
+    start = evolve.Design("modern", {**FIRST, "tied": False, **{name: choices[0] for name, choices in OWN.items()}})
+    assert {way: start.neighbour("values", way).traits["values"] for way in start.ways("values")} == {
+        "last": "last",
+        "half": "half",
+    }
+    assert start.ways("mlp") == ("swiglu",) and start.ways("conv") == start.ways("x0") == start.ways("dim") == (-1, 1)
+
+
+def test_names_of_designs_of_the_second_family():
+    ids = set()
+    for choice in itertools.product(*OWN.values()):
+        ids.add(evolve.Design("modern", {**FIRST, "tied": False, **dict(zip(OWN, choice, strict=True))}).id)
+    assert len(ids) == 48 and {START, "modern-5x256-conv4-valueshalf-mlpswiglu-no-x0-heads4-lr1.4"} <= ids
+    assert {evolve.family_of(id) for id in ids} == {"modern"}
+
+
+def test_a_first_family_without_a_score_leaves_the_second_its_own_line():
+    """A crash of all of them is no start."""
+    s = Settings()
+
+    def result(t):
+        return fake(
+            t, of_both(quality, modern_valley()), status="oom" if evolve.family_of(t.id) == "transformer" else "ok"
+        )
+
+    rows = []
+    while tasks := evolve.baseline_tasks(rows, s, REAL_VOCAB):
+        rows += map(result, tasks)
+    assert evolve.tuned("transformer", rows, s, REAL_VOCAB) == ([], [])
+    line = evolve.sizes("modern", lambda design: design.genome.num_params(REAL_VOCAB) <= s.max_params)
+    assert designs_of(rows, "modern")[:5] == [design.id for design in line] and len(line) == evolve.LINE
+    assert len(designs_of(rows, "modern")) == 10
+    assert [evolve.family_of(c.id) for c in evolve.best_baselines(rows)] == ["modern"]
+
+
+def test_a_second_family_of_which_nothing_fits_is_left_out(monkeypatch, free_params):
+    def too_many(n_layer, dim, **_):
+        return Genome([Gene("norm")] * (MAX_GENES + 1))
+
+    monkeypatch.setitem(genome.FAMILIES, "modern", MODERN._replace(design=too_many))
+    rows = played([], small())
+    assert {evolve.family_of(row.id) for row in evolve.of_stage(rows, "baseline")} == {"transformer", None}
+    assert rows[-1].stage == "passes" and evolve.outcome(rows, small(), VOCAB).rival.id.startswith("transformer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the designs of the second family are
+
+MANY = [
+    dict(n_layer=n, mlp=mlp, x0=x0, values=values, conv=conv)
+    for n, (mlp, x0, values, conv) in itertools.product(
+        (1, 2, 3, 6, 12), itertools.product(("relu2", "swiglu"), (True, False), ("none", "last", "half"), (0, 3))
+    )
+]
+
+
+def layers_with_values(n_layer: int, values: str) -> list[int]:
+    return {"none": [], "last": [n_layer - 1], "half": [*range(n_layer - 1, -1, -2)][::-1]}[values]
+
+
+def test_a_modern_design_gene_by_gene():
+    for own in MANY:
+        n, x0 = own["n_layer"], own["x0"]
+        net = genome.modern(**own, dim=128, heads=4, lr_factor=0.7, tied=True)
+        assert (net.embed_dim, net.lr_factor, net.tied) == (128, 0.7, True)
+        assert len(net.genes) == len(net.network) == 4 * n + (n - 1) * x0 <= MAX_GENES
+        nodes, stream = enumerate(net.network, start=1), 0
+        for layer in range(n):
+            if x0 and layer:
+                stream_before, (stream, node) = stream, next(nodes)
+                assert node.gene.change(input=1) == Gene("identity", skip=1, scale="small")
+                assert (node.source, node.skip) == (0, stream_before), (
+                    "it reads the embedding and is added to the stream"
+                )
+            values = "token" if layer in layers_with_values(n, own["values"]) else "plain"
+            mlp = {"kind": "relu2", "gated": False} if own["mlp"] == "relu2" else {}
+            for gene in (
+                Gene("attention", 128, skip=2, heads=4, conv=own["conv"], values=values),
+                Gene("gate", 128, skip=2, **mlp),
+            ):
+                (state, norm), (branch, node) = next(nodes), next(nodes)
+                assert norm.gene == Gene("norm") and (norm.source, norm.skip) == (stream, None)
+                assert node.gene == gene and (node.source, node.skip) == (state, stream)
+                stream = branch
+        assert next(nodes, None) is None
+    assert len(genome.modern(12, 64).genes) == 59
+    with pytest.raises(GenomeError, match="65 is not a distance from 1 to 64"):
+        genome.modern(14, 64)
+
+
+def test_a_modern_design_has_the_parameters_of_its_parts():
+    for own in MANY:
+        n, d, net = own["n_layer"], 128, genome.modern(**own, dim=128, heads=4)
+        mlp = 8 * d * d if own["mlp"] == "relu2" else 3 * d * 384
+        layer = 2 * d + 4 * d * d + 3 * d * own["conv"] + mlp
+        values = len(layers_with_values(n, own["values"])) * (VOCAB * d + 4 * d)
+        assert net.num_params(VOCAB) == 2 * VOCAB * d + n * layer + (n - 1) * d * own["x0"] + values, own
+    assert params(genome.modern(3, 128, values="half", conv=2)) == genome.modern(
+        3, 128, values="half", conv=2
+    ).num_params(VOCAB)
+
+
+def test_a_modern_design_computes_what_it_says():
+    """x + gain * embedding, then attention, then a matrix of the square of a relu of a matrix."""
+    torch.manual_seed(0)
+    net = genome.modern(3, 64, heads=2, values="last", conv=3)
+    model = genome.Model(net, VOCAB)
+    links = [block for block in model.blocks if block.gene.op == "identity"]
+    assert [block.gain.unique().tolist() for block in links] == [[pytest.approx(genome.RESIDUAL_INIT)]] * 2 and (
+        genome.RESIDUAL_INIT <= 0.1
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        idx = torch.randint(VOCAB, (2, 20))
+        norm = torch.nn.functional.rms_norm
+        x = x0 = norm(model.embed.table[idx], (64,), eps=1e-5)
+        blocks = iter(model.blocks)
+        for layer in range(3):
+            x = x + next(blocks).gain * x0 if layer else x
+            y = norm(x, (64,), next(blocks).op.gain, eps=1e-5)
+            attention = next(blocks).op
+            assert hasattr(attention, "mixed_in") == (layer == 2)
+            x = x + (attention(y, idx) if layer == 2 else attention(y))
+            y, mlp = norm(x, (64,), next(blocks).op.gain, eps=1e-5), next(blocks).op
+            x = x + (y @ mlp.up.weight.T).clamp(min=0) ** 2 @ mlp.out.weight.T
+        logits = 15 * torch.tanh(norm(x, (64,), eps=1e-5) @ model.head.matrix.T / 15)
+        torch.testing.assert_close(model(idx), logits, atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,6 +829,9 @@ def layers(n: int) -> Genome:
     return Genome(NET.genes * n, embed_dim=64)
 
 
+BEGUN = ("transformer-1x64", "modern-1x64")  # what families are tuned to in one trial: four genes each
+
+
 def deeper_is_better(until: int) -> Callable[[Task], float]:
     return lambda t: 1 + 0.1 * abs(len(t.genome.genes) // 4 - until) + (t.stage == "baseline" or "-" in t.id)
 
@@ -484,15 +849,18 @@ def test_baselines_grow_until_it_does_not_help(free_params):
             asked.append([t.id for t in tasks])
         rows += map(result, tasks)
     found = [f"{id}{more}" for id in ("g0.01", "g0.02") for more in ("", "+1", "+2")]
-    base = "transformer-1x64"
-    assert asked == [[*found, base, f"{base}+1"], [f"{base}+2"], [f"{base}+3"], [f"{base}+4"]]
+    assert asked == [
+        [*found, *(f"{base}{more}" for base in BEGUN for more in ("", "+1"))],
+        *([f"{base}+{n}" for base in BEGUN] for n in (2, 3, 4)),
+    ]
     depth = {row.id: len(Genome.from_json(row.genome).genes) for row in evolve.of_stage(rows, "grow")}
     assert depth == {
         "g0.01": 4, "g0.01+1": 6, "g0.01+2": 8, "g0.02": 6, "g0.02+1": 8, "g0.02+2": 10,
-        base: 4, f"{base}+1": 8, f"{base}+2": 12, f"{base}+3": 16, f"{base}+4": 20,
+        **{f"{base}{f'+{n}' if n else ''}": 4 + 4 * n for base in BEGUN for n in range(5)},
     }  # fmt: skip
-    assert {row.parents for row in evolve.of_stage(rows, "grow") if "+" in row.id} == {"g0.01", "g0.02", base}
-    assert {row.id for row in evolve.of_stage(rows, "long") if "-" in row.id} == {f"{base}+3"}, "the best of them"
+    assert {row.parents for row in evolve.of_stage(rows, "grow") if "+" in row.id} == {"g0.01", "g0.02", *BEGUN}
+    best = {f"{base}+3" for base in BEGUN}
+    assert {row.id for row in evolve.of_stage(rows, "long") if "-" in row.id} == best, "the best of each family"
 
 
 def test_a_baseline_that_is_best_as_it_is_grows_once(free_params):
@@ -500,24 +868,24 @@ def test_a_baseline_that_is_best_as_it_is_grows_once(free_params):
     s = one_generation(nets, baseline_trials=1, finalists=1)
     rows = played(after_search(nets, s), s, lambda t: fake(t, deeper_is_better(1)))
     tried = [row.id for row in evolve.of_stage(rows, "grow") if evolve.family_of(row.id)]
-    assert tried == ["transformer-1x64", "transformer-1x64+1"]
-    assert {row.id for row in evolve.of_stage(rows, "long") if "-" in row.id} == {"transformer-1x64"}
+    assert tried == [f"{base}{more}" for base in BEGUN for more in ("", "+1")]
+    assert {row.id for row in evolve.of_stage(rows, "long") if "-" in row.id} == set(BEGUN)
     equal = played(after_search(nets, s), s, lambda t: fake(t, lambda t: 1.0 + (t.stage == "baseline" or "-" in t.id)))
     assert [row.id for row in evolve.of_stage(equal, "grow") if evolve.family_of(row.id)] == tried, "a tie is no better"
 
 
 def test_what_does_not_fit_is_not_tried_and_is_named(monkeypatch):
-    monkeypatch.setattr(genome, "block_params", lambda gene, d_in, d_skip: 100_000)
+    monkeypatch.setattr(genome, "block_params", genes_have(100_000))
     nets = [layers(1), layers(2)]  # 238,400 parameters, 438,400; 200,000 for a step
     s = one_generation(nets, baseline_trials=1, max_params=500_000)
     rows = played(after_search(nets, s), s)
     tried = {row.id for row in evolve.of_stage(rows, "grow")}
-    assert tried == {"g0.01", "g0.01+1", "g0.02", "transformer-1x64"}
+    assert tried == {"g0.01", "g0.01+1", "g0.02", *BEGUN}
     text, least = evolve.end_text(rows, s, VOCAB), "parameters with its head tied, over MAX_PARAMS"
     named = [line for line in text.splitlines() if "was not tried" in line]
     assert f"g0.01+2 was not tried: 619,200 {least}" in named
     assert f"g0.02+1 was not tried: 619,200 {least}" in named
-    assert f"transformer-1x64+1 was not tried: 819,200 {least}" in named
+    assert all(f"{base}+1 was not tried: 819,200 {least}" in named for base in BEGUN)
     assert not any(line.startswith("g0.01+1 ") for line in named)
 
 
@@ -538,9 +906,10 @@ def test_a_baseline_that_would_grow_on_is_named(free_params):
     s = one_generation(nets, baseline_trials=1, finalists=1)
     rows = played(after_search(nets, s), s, lambda t: fake(t, deeper_is_better(99)))
     tried = [row.id for row in evolve.of_stage(rows, "grow") if evolve.family_of(row.id)]
-    assert len(tried) == MAX_GENES // 4 and tried[-1] == "transformer-1x64+11"
-    text = evolve.end_text(rows, s, VOCAB)
-    assert f"transformer-1x64+12 was not tried: {MAX_GENES + 4} genes, over MAX_GENES = {MAX_GENES}" in text
+    text, most = evolve.end_text(rows, s, VOCAB), MAX_GENES // 4
+    for base in BEGUN:
+        assert [id for id in tried if id.startswith(base)] == [base, *(f"{base}+{n}" for n in range(1, most))]
+        assert f"{base}+{most} was not tried: {MAX_GENES + 4} genes, over MAX_GENES = {MAX_GENES}" in text
 
 
 def test_a_head_is_tied_where_that_makes_room(free_params):
@@ -555,7 +924,7 @@ def test_a_head_is_tied_where_that_makes_room(free_params):
 
 
 def test_who_is_in_the_long_final(free_params):
-    """The winner as found, the best of the grown, be it another's, and the best size of the best baseline."""
+    """The winner as found, the best of the grown, be it another's, and the best size of each family's best design."""
     nets = [layers(2), layers(3), layers(4)]
     s = one_generation(nets, baseline_trials=6, finalists=2, long_seeds=3, repeats=1)
 
@@ -569,14 +938,17 @@ def test_who_is_in_the_long_final(free_params):
     rows = played(after_search(nets, s), s, lambda t: fake(t, score))
     final, long = evolve.of_stage(rows, "final"), evolve.of_stage(rows, "long")
     assert evolve.outcome(rows, s, VOCAB).winner.id == "g0.02"
-    best = evolve.best_baselines(rows)[0].id
-    assert {row.id for row in final} == {"g0.01", "g0.02", best}, "of a family the best design alone"
+    best = [c.id for c in evolve.best_baselines(rows)]
+    assert [evolve.family_of(id) for id in best] == ["transformer", "modern"]
+    assert {row.id for row in final} == {"g0.01", "g0.02", *best}, "of a family the best design alone"
     ids = {row.id for row in long}
     assert {id for id in ids if not evolve.family_of(id)} == {"g0.02", "g0.02+1"}
-    grow = {row.id: row.val_bpb for row in evolve.of_stage(rows, "grow") if evolve.family_of(row.id)}
-    assert {id for id in ids if evolve.family_of(id)} == {min(grow, key=grow.get)}
+    grow = {row.id: row.val_bpb for row in evolve.of_stage(rows, "grow")}
+    for family in genome.FAMILIES:
+        own = [id for id in grow if evolve.family_of(id) == family]
+        assert [id for id in ids if evolve.family_of(id) == family] == [min(own, key=grow.get)]
     seeds = {row.seed for row in long}
-    assert len(seeds) == 3 and len(long) == 9 and {row.order for row in long} == seeds
+    assert len(seeds) == 3 and len(long) == 12 and {row.order for row in long} == seeds
     assert not seeds & {row.seed for row in rows if row.stage != "long"}
     assert not {row.seed for row in final} & {row.seed for row in rows if row.stage in ("baseline", "search")}
     score_of = {"g0.01+1": 1.2}
@@ -602,9 +974,10 @@ def test_passes_are_looked_at_where_text_was_seen_more_than_once(free_params, se
     assert bool(own) == asked
     if asked:
         o = evolve.outcome(rows, s, VOCAB)
-        first, winner, rival = s.seed * evolve.SEEDS + evolve.FINAL, o.winner.id, o.rival.id
+        first, baselines = s.seed * evolve.SEEDS + evolve.FINAL, [c.id for c in evolve.best_baselines(rows)]
+        assert len(baselines) == 2 and o.rival.id in baselines
         assert {row.evaluation for row in own} == {
-            ("passes", i, first + n, 1.0, 0.2) for i in (winner, rival) for n in (0, 1)
+            ("passes", i, first + n, 1.0, 0.2) for i in (o.winner.id, *baselines) for n in (0, 1)
         }
         assert all(st.passes == pytest.approx(1.1) for st in [*o.passes, *o.long])
         assert "Is it that the text is seen more often? 1,024 tokens on 20% of the text, 2 seeds each" in (
@@ -748,8 +1121,9 @@ def known(t: Task) -> Result:
 
 
 @pytest.fixture
-def finished(free_params):
-    """Settings and rows of a run whose numbers are known."""
+def finished(free_params, monkeypatch):
+    """Settings and rows of a run whose numbers are known, against one family."""
+    monkeypatch.delitem(genome.FAMILIES, "modern")
     nets = [layers(2), layers(3)]
     s = one_generation(nets, baseline_trials=1, repeats=1)
     grow = {"g0.01+1": 0.1, "transformer-1x64": 1.0}
@@ -883,8 +1257,39 @@ def test_a_transformer_grows_by_a_layer():
     assert grown(llama(6, 128, 4, 1.4, True, 2), 2) == llama(8, 128, 4, 1.4, True, 2)
     assert grown(llama(1, 64), 2) == llama(3, 64), "nothing repeats: all of it is what repeats"
     assert grown(llama(3, 64), 0) == llama(3, 64)
-    with pytest.raises(GenomeError, match=f"52 genes, over MAX_GENES = {MAX_GENES}"):
-        grown(llama(12, 64), 1)
+    with pytest.raises(GenomeError, match=f"{MAX_GENES + 4} genes, over MAX_GENES = {MAX_GENES}"):
+        grown(llama(MAX_GENES // 4, 64), 1)
+
+
+@pytest.mark.parametrize("values", ["none", "last", "half"])
+@pytest.mark.parametrize("n_layer", [3, 4, 7])
+def test_a_modern_design_grows_by_a_layer(n_layer, values):
+    """With the link to the embedding before it; but for the tables of values, of which there are not more."""
+    own = dict(dim=64, heads=4, lr_factor=1.4, tied=True, conv=2, mlp="swiglu")
+
+    def plain(net: Genome) -> Genome:
+        genes = [gene.change(values="plain") if gene.op == "attention" else gene for gene in net.genes]
+        return dataclasses.replace(net, genes=genes)
+
+    def with_values(net: Genome) -> list[int]:
+        return [n for n, gene in enumerate(g for g in net.genes if g.op == "attention") if gene.values == "token"]
+
+    for more in (1, 2, 5):
+        net, larger = (genome.modern(n, values=values, **own) for n in (n_layer, n_layer + more))
+        made = grown(net, more)
+        assert plain(made) == plain(larger) and with_values(made) == with_values(net)
+        links = [node for node in made.network if node.gene.op == "identity"]
+        assert len(links) == n_layer + more - 1 and {(node.source, node.gene.scale) for node in links} == {(0, "small")}
+        assert tables_of(made) == tables_of(net) == 1 + len(layers_with_values(n_layer, values))
+    assert values != "none" or grown(genome.modern(n_layer, 64, x0=False), 1) == genome.modern(
+        n_layer + 1, 64, x0=False
+    )
+
+
+def test_a_modern_design_grows_as_far_as_there_is_room():
+    assert grown(genome.modern(4, 64), 9) == genome.modern(13, 64)
+    with pytest.raises(GenomeError, match=f"{MAX_GENES + 5} genes, over MAX_GENES = {MAX_GENES}"):
+        grown(genome.modern(4, 64), 10)
 
 
 CONV = (Gene("norm"), Gene("conv1d", 64, skip=2))
@@ -928,7 +1333,7 @@ def test_a_run_with_wires_of_its_own_grows_around_what_stands_behind():
     assert repeated_run(net) == (6, 11)
     more = grown(net, 3)
     assert more == Genome((Gene("conv1d", 64), *block * 5, *tail), embed_dim=64)
-    run = sum(genome.block_params(n.gene.bare, n.d_in, n.d_skip) for n in net.network[6:11])
+    run = sum(genome.block_params(n.gene.bare, n.d_in, n.d_skip, genome.Frame(VOCAB, 64)) for n in net.network[6:11])
     assert params(more) == more.num_params(VOCAB) == params(net) + 3 * run
 
 
@@ -947,6 +1352,11 @@ def test_what_is_not_reached_does_not_grow():
         assert len(alone.genes) == max(1, len(net.network)) or not net.network
 
 
+def tables_of(net: Genome) -> int:
+    with torch.device("meta"):
+        return len(genome.Model(net, VOCAB).parameter_groups().tables)
+
+
 def test_random_designs_grow_and_compute():
     """Whatever evolution makes of a design, it grows by what its repeated run has, or says that it cannot."""
     rng, made = random.Random(1), 0
@@ -962,7 +1372,10 @@ def test_random_designs_grow_and_compute():
             assert len(alone.genes) + stop - start > MAX_GENES
             continue
         made += 1
-        assert len(more.genes) == len(alone.genes) + stop - start
+        tables = [gene for gene in alone.genes[start:stop] if genome.without_table(gene).op != gene.op]
+        larger = len(more.genes) - len(alone.genes)
+        assert larger == stop - start if not tables else larger < stop - start, "but for tables and what only they read"
+        assert tables_of(more) == tables_of(alone)
         assert more.num_params(VOCAB) > 0 and Genome.from_json(more.to_json()) == more
     assert made > 20
 
@@ -1096,7 +1509,7 @@ def test_memory_is_checked_before_anything_moves_to_the_device():
         (["--train", "x.json", "--scale", "-1"], "has to be above 0"),
         (["--train", "x.json", "--scale", "nan"], "has to be above 0"),
         (["--train", "x.json", "--scale", "inf"], "has to be above 0 and up to 4,096"),
-        (["--train", "x.json", "--deeper", "-1"], "the other from 0 to 48"),
+        (["--train", "x.json", "--deeper", "-1"], f"the other from 0 to {MAX_GENES}"),
         (["--train", "x.json", "--deeper", "1"], "Cannot read x.json"),
     ],
 )
