@@ -314,7 +314,8 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-MUON_LR, MUON_MOMENTUM = 0.02, 0.95
+MUON_LR, MUON_MOMENTUM = 0.02, (0.85, 0.95)  # the momentum rises from the one to the other
+MOMENTUM_STEPS = 300  # over so many steps
 EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 BF16_CAPABILITY = (8, 0)  # the first with bfloat16 in its matrix units (Ampere)
@@ -365,10 +366,11 @@ class MuonGroup:
         """Views of the (rows <= cols) matrices in a (..., out, in) parameter."""
         return [m if m.size(0) <= m.size(1) else m.T for m in p.view(-1, *p.shape[-2:])]
 
-    def step(self, schedule: torch.Tensor, dtype: torch.dtype):
+    def step(self, schedule: torch.Tensor, beta: torch.Tensor, dtype: torch.dtype):
+        """One update, the momentum being beta."""
         grads = torch.stack([m for p in self.params for m in self.matrices(p.grad)])
-        self.momentum.lerp_(grads, 1 - MUON_MOMENTUM)
-        update = orthogonalize(grads.lerp_(self.momentum, MUON_MOMENTUM), dtype)  # Nesterov
+        self.momentum.lerp_(grads, 1 - beta)
+        update = orthogonalize(grads.lerp_(self.momentum, beta), dtype)  # Nesterov
         update = update * (self.step_size * schedule)
         torch._foreach_add_(self.views, list(update.unbind(0)))
 
@@ -383,6 +385,7 @@ class Optimizer:
         groups = model.parameter_groups()
         device = groups.tables[0].device
         self.schedule = torch.zeros((), device=device)
+        self.steps = torch.zeros((), device=device)
         self.dtype = compute_dtype(device)
         shapes = collections.defaultdict(list)
         for p in groups.matrices:
@@ -405,8 +408,11 @@ class Optimizer:
     @torch.no_grad()
     def step(self):
         """Update from .grad, and drop the gradients."""
+        first, last = MUON_MOMENTUM
+        beta = first + (last - first) * (self.steps / MOMENTUM_STEPS).clamp(max=1)
+        self.steps += 1
         for group in self.muon:
-            group.step(self.schedule, self.dtype)
+            group.step(self.schedule, beta, self.dtype)
         for group in self.adamw.param_groups:
             torch.mul(self.schedule, group["base"], out=group["lr"])
         self.adamw.step()
@@ -415,6 +421,7 @@ class Optimizer:
 
     def reset(self):
         """Forget everything but the weights."""
+        self.steps.zero_()
         for group in self.muon:
             group.momentum.zero_()
         for state in self.adamw.state.values():
@@ -502,14 +509,11 @@ class Trial:
         self.result = Result.of(task, params=sum(p.numel() for p in self.model.parameters()), rows=rows, note=note)
         self.progress: Callable[[float], None] = lambda share: None  # is told the share of the budget that is spent
 
-    def token_losses(self, idx, targets):
-        return self.model(idx, targets, reduction="none")  # (rows, T) nats
-
     def step(self):
         """One optimizer step over BATCH_TOKENS tokens; no synchronisation, so that it can be captured."""
         self.loss.zero_()
         for _ in range(self.micro_steps):
-            loss = self.token_losses(*self.batches(self.window, self.rows)).mean() / self.micro_steps
+            loss = self.model(*self.batches(self.window, self.rows)) / self.micro_steps
             loss.backward()
             self.loss += loss.detach()
             self.window += self.rows
@@ -609,9 +613,9 @@ class Trial:
             torch.cuda.synchronize()
 
     def scored_losses(self, idx, targets):
-        """The losses for scoring. On a GPU by the forward that was compiled for training, which wants gradients on."""
+        """The losses for scoring. On a GPU by the blocks that were compiled for training, which want gradients on."""
         with torch.set_grad_enabled(self.on_gpu):
-            return self.token_losses(idx, targets).detach()
+            return self.model(idx, targets, reduction="none").detach()
 
     def score(self, tokens) -> float:
         """Bits per byte on a split."""

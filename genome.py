@@ -13,6 +13,8 @@ then the designs that evolution has to beat, and how a design grows.
 Reads and writes nothing. B batch, T time (tokens), C channels, H heads, D channels of a head.
 """
 
+from __future__ import annotations  # of kernels, whose language is only there where there is a GPU
+
 import collections
 import difflib
 import functools
@@ -81,7 +83,7 @@ GENOME_TRAITS = {
 # float32 and are cast to the dtype of x where they are used. A parameter called `weight` is a matrix (..., out, in) and
 # is trained by Muon; every other parameter by AdamW.
 
-OPS: dict[str, type["Op"]] = {}
+OPS: dict[str, type[Op]] = {}
 
 
 class Frame(NamedTuple):
@@ -1070,7 +1072,7 @@ class Gene:
                 return value
         raise AttributeError(name)
 
-    def change(self, **changes) -> "Gene":
+    def change(self, **changes) -> Gene:
         """The same gene with some fields or traits changed."""
         return Gene(**{**self.to_dict(), **changes})
 
@@ -1079,7 +1081,7 @@ class Gene:
         return {**own, **dict(self.traits)}
 
     @property
-    def bare(self) -> "Gene":
+    def bare(self) -> Gene:
         """The gene without its distances: what it takes to build it, once the widths it reads are known."""
         return self.change(input=1, skip=min(self.skip, 1), share=0)
 
@@ -1103,7 +1105,7 @@ class Gene:
         """Whether it is an RMS norm and nothing else, so that another one after it changes nothing but a gain."""
         return self.op == "norm" and self.kind == "rms" and self.is_plain
 
-    def can_share(self, other: "Gene") -> bool:
+    def can_share(self, other: Gene) -> bool:
         """Whether the weights of the one fit the other, as far as their widths do."""
         return (self.op, self.dim, self.traits) == (other.op, other.dim, other.traits)
 
@@ -1259,7 +1261,7 @@ class Genome:
 
     @classmethod
     @functools.cache  # a run reads the genomes of its whole record again and again; each takes 8 KB, its text 2 KB
-    def from_json(cls, text: str) -> "Genome":
+    def from_json(cls, text: str) -> Genome:
         """Read what to_json wrote. Raises GenomeError on anything else; builds nothing that the text asks for."""
         if not isinstance(text, str) or len(text) > MAX_JSON:
             raise GenomeError(f"a genome is a text of at most {MAX_JSON:,} characters")
@@ -1272,7 +1274,7 @@ class Genome:
         return cls.from_dict(data)
 
     @classmethod
-    def from_dict(cls, data) -> "Genome":
+    def from_dict(cls, data) -> Genome:
         """Read what json.loads makes of such a text. Raises GenomeError, naming the field, on anything else."""
         if not isinstance(data, dict) or not isinstance(data.get("genes"), list):
             raise GenomeError("genes: a genome is an object with a list of genes")
@@ -1317,7 +1319,7 @@ class Block(nn.Module):
     What the gene does not use may be None. owner: the block whose weights it uses, if it has none of its own.
     """
 
-    def __init__(self, gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame, owner: "Block | None" = None):
+    def __init__(self, gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame, owner: Block | None = None):
         super().__init__()
         cls = OPS[gene.op]
         d_out = d_in if cls.keeps_width else gene.dim
@@ -1381,7 +1383,7 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, matrix and soft-cap: (B, T, d) -> (B, T, vocab_size) logits, or (B, T) nats where targets are given.
+    """What the logits are a product of: (B, T, d) -> (B, T, d) normed, and a matrix (vocab_size, d), of one dtype.
 
     A tied head has no matrix of its own: it is given the table of the embedding, tied_dim wide, and where its input has
     another width, it projects that first.
@@ -1392,15 +1394,53 @@ class Head(nn.Module):
         self.project = Linear(d_in, tied_dim) if tied_dim not in (None, d_in) else None
         self.matrix = nn.Parameter(torch.randn(vocab_size, d_in) * 0.001) if tied_dim is None else None
 
-    def forward(self, x, table=None, targets=None):
+    def forward(self, x, table=None):
         x = rms_norm(x)
         x = self.project(x) if self.project is not None else x
         # the table has entries of size 1; as they are, logits would begin at size sqrt(d)
         matrix = self.matrix if self.matrix is not None else table * 0.02
-        logits = LOGIT_CAP * torch.tanh(F.linear(x, matrix.to(x.dtype)).float() / LOGIT_CAP)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return x, matrix.to(x.dtype)
+
+
+def capped_logits(x, matrix):
+    """(..., d) and (vocab_size, d) -> (..., vocab_size) float32."""
+    return LOGIT_CAP * torch.tanh(F.linear(x, matrix).float() / LOGIT_CAP)
+
+
+def cross_entropy(x, matrix, targets, mean: bool):
+    """Nats of targets (B, T) under the capped logits of x (B, T, d): a scalar, or with `mean` false (B, T).
+
+    On a GPU by the kernel below, and then only the mean has a gradient.
+    """
+    x, flat = x.flatten(0, 1), targets.flatten()
+    if x.is_cuda and not isinstance(loss_kernel(len(matrix), x.dtype), str):
+        return MeanNats.apply(x, matrix, flat) if mean else nats_and_gradient(x, matrix, flat, 1.0)[0].view_as(targets)
+    nats = F.cross_entropy(capped_logits(x, matrix), flat, reduction="mean" if mean else "none")
+    return nats if mean else nats.view_as(targets)
+
+
+class MeanNats(torch.autograd.Function):
+    """The mean of cross_entropy, with the gradient made on the way: half a gigabyte of logits is not read again for it
+    (the idea is that of Liger, Hsu et al. 2024). x: (N, d), matrix: (vocab_size, d), targets: (N,) int64."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, targets):
+        nats, gradient = nats_and_gradient(x, matrix, targets, 1 / len(x))
+        ctx.save_for_backward(gradient @ matrix, gradient.T @ x)
+        return nats.mean()
+
+    @staticmethod
+    def backward(ctx, by_mean):
+        by_x, by_matrix = ctx.saved_tensors
+        return by_x * by_mean, by_matrix * by_mean, None
+
+
+@torch.no_grad()
+def nats_and_gradient(x, matrix, targets, share: float):
+    """Nats (N,) float32, and the gradient of share times their sum by the logits, (N, vocab_size)."""
+    logits, nats = x @ matrix.T, torch.empty(len(x), device=x.device)
+    loss_kernel(len(matrix), x.dtype)[(len(x),)](logits, targets, nats, len(matrix), share, **kernel_size(len(matrix)))
+    return nats, logits
 
 
 class ParameterGroups(NamedTuple):
@@ -1438,8 +1478,8 @@ class Model(nn.Module):
             x, skip = (None if state is None else states[state] for state in (node.source, node.skip))
             reads = node.gene.reads
             states.append(block(x, skip, idx if "ids" in reads else None, states[0] if "embedding" in reads else None))
-        out = self.head(states[-1], self.embed.table if self.genome.tied else None, targets)
-        return out.mean() if targets is not None and reduction == "mean" else out
+        x, matrix = self.head(states[-1], self.embed.table if self.genome.tied else None)
+        return capped_logits(x, matrix) if targets is None else cross_entropy(x, matrix, targets, reduction == "mean")
 
     def parameter_groups(self) -> ParameterGroups:
         """Every parameter once. In the blocks those called `weight` are matrices, and those called `table` tables."""
@@ -1484,7 +1524,9 @@ class Model(nn.Module):
             compile_one(block, key, [x, skip, idx if "ids" in reads else None, embedding])
         tied = table if self.genome.tied else None
         key = ("head", self.genome.d_out, self.genome.tied and self.genome.embed_dim)
-        compile_one(self.head, key, [stream(self.genome.d_out), tied, idx])
+        compile_one(self.head, key, [stream(self.genome.d_out), tied])
+        if table.is_cuda and isinstance(problem := loss_kernel(len(table), self.embed.dtype), str):
+            eager.add(f"loss ({problem})")
         return "eager: " + ", ".join(sorted(eager)) if eager else ""
 
     def uncompile(self):
@@ -1502,6 +1544,7 @@ class Model(nn.Module):
 # function when it is first called, and then runs it. So the first call is made with `compile_only` set: once forward
 # and backward are compiled, OnlyCompiled is raised in the place of running them.
 
+tl = None  # Triton's language, once there is a GPU to write for
 COMPILED: dict[tuple, Callable | str] = {}  # what a part is made of: its compiled function, or why there is none
 compile_only = False
 
@@ -1567,6 +1610,45 @@ def compile_part(part: nn.Module, key: tuple, inputs: list) -> str:
         return function
     part.forward = lambda *args: function(part, *args)
     return ""
+
+
+def logits_to_gradient(logits, targets, nats, width, share, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """A Triton kernel. Each program reads one row of (N, width) logits once, and writes its gradient in its place.
+
+    nats (N,): the cross entropy of targets (N,) under the soft-capped logits; the gradient is that of share times their
+    sum. Capped logits need no maximum taken off before their exponentials.
+    """
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at = logits + row * width + place
+    x = tl.load(at, mask=place < width, other=0.0).to(tl.float32)
+    tanh = 1 - 2 / (tl.exp(x * (2 / CAP)) + 1)
+    e = tl.where(place < width, tl.exp(CAP * tanh - CAP), 0.0)
+    total = tl.sum(e, 0)
+    hit = (place == tl.load(targets + row)).to(tl.float32)
+    tl.store(nats + row, tl.log(total) + CAP - tl.sum(hit * CAP * tanh, 0))
+    gradient = (e / total - hit) * (1 - tanh * tanh) * share
+    tl.store(at, gradient.to(logits.dtype.element_ty), mask=place < width)
+
+
+def kernel_size(width: int) -> dict[str, int | float]:
+    """The constants of that kernel for rows of so many logits."""
+    block = 1 << (width - 1).bit_length()
+    return dict(CAP=LOGIT_CAP, BLOCK=block, num_warps=min(16, max(4, block // 1024)))
+
+
+@functools.cache
+def loss_kernel(width: int, dtype: torch.dtype):
+    """That kernel, compiled for rows of so many logits without being run; or why there is none."""
+    global tl
+    try:
+        import triton
+        import triton.language as tl
+
+        kernel = COMPILED.setdefault(("loss",), triton.jit(logits_to_gradient))
+        kernel.warmup(dtype, torch.int64, torch.float32, width, 0.5, grid=(1,), **kernel_size(width))
+        return kernel
+    except Exception as error:  # whatever the compiler says: the loss is computed without it, slower
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 # ------------------------------------------------------------------------------------------------------------------

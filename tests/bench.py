@@ -5,6 +5,7 @@
     uv run tests/bench.py --data-dir DIR --seconds 3 soak
 
 speed    the transformer genome through evolve.py's trainer against a hand-written, wholly compiled and captured loop
+frame    milliseconds of a step by what they go to: the frame (embedding, head, loss, their optimizer), the genes, Muon
 bpb      its val_bpb after 5, 10 and 30 seconds, three seeds (--seeds) each
 ops      forward and backward milliseconds of every op and trait choice
 soak     100 random genomes at 2 s each through the workers: time outside training, memory, statuses, and how many get
@@ -209,6 +210,75 @@ def speed(data, settings):
     print(f"  warm-up and capture {capture_s:.2f} s", flush=True)
 
 
+def milliseconds(work, times: int = 30) -> float:
+    """Of work, captured and replayed."""
+    stream = evolve.capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    graph.replay()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def step_times(genome: Genome, data, settings) -> tuple[float, float, evolve.Trial]:
+    """Milliseconds of a whole step, and of the optimizer alone."""
+    trial = evolve.Trial(task_for(genome), data, settings, settings.batch_tokens // settings.seq_len)
+    whole = milliseconds(trial.step)
+    grads = {p: torch.randn_like(p) * 1e-3 for p in trial.model.parameters()}
+
+    def update():
+        for p, grad in grads.items():
+            p.grad = grad
+        trial.optimizer.step()
+
+    return whole, milliseconds(update), trial
+
+
+def bandwidth() -> float:
+    """Bytes a second of the device's memory, by a copy."""
+    source, copy = (torch.empty(2**28, device=DEVICE) for _ in range(2))
+    return 2 * source.nbytes / milliseconds(lambda: copy.copy_(source)) * 1e3
+
+
+def frame(data, settings):
+    data = data.to(DEVICE)
+    tokens, vocab, rate = settings.batch_tokens, data.vocab_size, bandwidth()
+    print(f"milliseconds of a step of {tokens:,} tokens; in brackets, at {PEAK_FLOPS / 1e12:.0f} TFLOP/s and the "
+          f"{rate / 1e12:.2f} TB/s of a copy")  # fmt: skip
+    for name, genome in {"transformer-6x256": REFERENCE, "best_genome.json": the_winner()}.items():
+        torch.cuda.reset_peak_memory_stats()
+        empty = dataclasses.replace(genome, genes=[Gene("identity")])
+        around, around_update, trial = step_times(empty, data, settings)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        tables = sum(p.numel() for p in (trial.model.embed.table, trial.model.head.matrix) if p is not None)
+        whole, update, trial = step_times(genome, data, settings)
+        matrices = trial.model.parameter_groups().matrices
+        sizes = [(p.numel(), min(p.shape[-2:]), max(p.shape[-2:])) for p in matrices]
+        ideal = {
+            "products": 6 * tokens * vocab * empty.embed_dim / PEAK_FLOPS,
+            "five passes over bf16 logits": 5 * 2 * tokens * vocab / rate,
+            "AdamW": 28 * tables / rate,
+        }
+        genes = 6 * tokens * sum(n for n, _, _ in sizes) / PEAK_FLOPS  # attention's own not counted
+        muon = sum(5 * (4 * n * small + 2 * small**2 * n / large) for n, small, large in sizes) / PEAK_FLOPS
+        parts = ", ".join(f"{what} {seconds * 1e3:.2f}" for what, seconds in ideal.items())
+        print(f"  {name}: {whole:.3f}, {tokens / whole / 1e3:.2f} M tokens/s")
+        print(f"    frame {around:.3f}, its optimizer {around_update:.3f} ({parts}), peak memory {memory:.2f} GiB")
+        print(f"    genes {whole - update - around + around_update:.3f} (products {genes * 1e3:.2f})")
+        print(f"    their optimizer {update - around_update:.3f} (products {muon * 1e3:.2f})", flush=True)
+
+
 def bpb(data, settings, seeds, budgets=(5.0, 10.0, 30.0)):
     data = data.to(DEVICE)
     print("val_bpb of the same genome through evaluate()")
@@ -265,30 +335,18 @@ def ops(data, settings, dim=256):
         def work(block=block, inputs=inputs, out=out, wanted=wanted):
             torch.autograd.grad(block(*inputs), wanted, out)
 
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            work()
-            work()
+        work()
         torch.cuda.synchronize()
         first_s = time.perf_counter() - start
         torch.cuda.reset_peak_memory_stats()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # an op that cannot be captured ends the benchmark with torch's own reason
-            work()
-        graph.replay()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(20):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
+        ms = milliseconds(work)  # an op that cannot be captured ends the benchmark with torch's own reason
         usual = Gene(gene.op, gene.dim).to_dict()
         changed = ", ".join(f"{trait} {value}" for trait, value in gene.to_dict().items() if usual[trait] != value)
         finite = "" if y.isfinite().all() else "NOT FINITE "
         peak = (torch.cuda.max_memory_allocated() - held) / 2**30
-        print(f"  {gene.op:<11} {changed:<30} {begin.elapsed_time(end) / 20:7.3f} ms   peak {peak:5.2f} GiB   "
+        print(f"  {gene.op:<11} {changed:<30} {ms:7.3f} ms   peak {peak:5.2f} GiB   "
               f"first use {first_s:5.1f} s   {finite}{reason}", flush=True)  # fmt: skip
-        del block, stream, x, embedding, inputs, y, out, wanted, work, graph
+        del block, stream, x, embedding, inputs, y, out, wanted, work
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -579,7 +637,7 @@ def worth(data, settings, seeds):
               f"speed x{speed / before:.3f}", flush=True)  # fmt: skip
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, bpb, ops, soak, designs, parts, hurdle, fidelity, worth)}
+BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, parts, hurdle, fidelity, worth)}
 SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0, "worth": 10.0}
 SEEDS = {"bpb": 3, "parts": 3, "worth": 3}
 

@@ -228,10 +228,10 @@ def test_what_takes_long_is_started(kill_run, holder):
 # Optimizer
 
 
-def plain_muon(weight, grad, momentum, lr):
+def plain_muon(weight, grad, momentum, lr, beta):
     """Muon on one matrix, in float64. Returns the weight and the momentum after a step."""
-    momentum = 0.95 * momentum + 0.05 * grad
-    X = 0.05 * grad + 0.95 * momentum
+    momentum = beta * momentum + (1 - beta) * grad
+    X = (1 - beta) * grad + beta * momentum
     tall = X.size(0) > X.size(1)
     X = X.T if tall else X
     X = X / (X.square().sum().sqrt() + 1e-7)
@@ -271,7 +271,8 @@ class PlainOptimizer:
                 p, m, v = plain_adamw(p, grad, m, v, self.t, lr * self.lr_factor * schedule)
             else:
                 stack = zip(*(t.view(-1, *p.shape[-2:]) for t in (p, grad, m)), strict=True)
-                done = [plain_muon(*one, 0.02 * self.lr_factor * schedule) for one in stack]
+                beta = (0.85, 0.85 + 0.1 / 3, 0.85 + 0.2 / 3, 0.95)[min(self.t - 1, 3)]  # of MOMENTUM_STEPS = 3
+                done = [plain_muon(*one, 0.02 * self.lr_factor * schedule, beta) for one in stack]
                 p, m = (torch.stack(t).view(p.shape) for t in zip(*done, strict=True))
             self.names[name], self.state[name] = p, (m, v)
 
@@ -321,7 +322,8 @@ TABLES = {  # of it, and how wide they are; that of the tokens in the values is 
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tied=True, embed_dim=128, lr_factor=0.5)], ids=["untied", "tied"])
-def test_optimizer_is_muon_and_adamw(changes):
+def test_optimizer_is_muon_and_adamw(changes, monkeypatch):
+    monkeypatch.setattr(evolve, "MOMENTUM_STEPS", 3)
     torch.manual_seed(0)
     net = dataclasses.replace(EVERY_SHAPE, **changes)
     model = genome.Model(net, 40)
@@ -3031,6 +3033,8 @@ DECIDING = {  # a file, what of it changes, and how
     "the schedule": ("evolve.py", "schedule_at", "2 * (1 - fraction)", "3 * (1 - fraction)"),
     "whose child": ("evolve.py", "breed", "rng.choice(survivors)", "survivors[0]"),
     "a learning rate": ("evolve.py", "MUON_LR", "MUON_LR, MUON_MOMENTUM = 0.02", "MUON_LR, MUON_MOMENTUM = 0.03"),
+    "how the momentum rises": ("evolve.py", "MOMENTUM_STEPS", "MOMENTUM_STEPS = 300", "MOMENTUM_STEPS = 200"),
+    "the gradient of the loss": ("genome.py", "logits_to_gradient", "e / total - hit", "e / total - 2 * hit"),
     "what a leak is": ("evolve.py", "Trial", "by_change > 0.01", "by_change > 0.02"),
     "attempts at the final": ("evolve.py", "once_more", "attempts=2)\n\n\nSTAGES", "attempts=3)\n\n\nSTAGES"),
     "a stage": ("evolve.py", "STAGES", '    "passes": once_more(passes_evaluations),\n', ""),
