@@ -1962,7 +1962,7 @@ def add_block(genome, rng):
 def add_link(genome, rng):
     """An earlier state, half the time the embedding, is added to the stream, by a gain that starts small or at 0."""
     i = rng.choice(clean_cuts(genome)[1:])
-    back = i + 1 if rng.random() < 0.5 else rng.randint(1, i + 1)
+    back = min(i + 1 if rng.random() < 0.5 else rng.randint(1, i + 1), MAX_GENES)
     link = Gene("identity", input=back, skip=1, scale=rng.choice(("small", "zero")))
     return spliced(genome, i, i, [link])
 

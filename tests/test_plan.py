@@ -1417,6 +1417,19 @@ def test_widths_beyond_those_that_evolution_draws():
             Genome.from_dict(data)
 
 
+def test_the_longest_genome_can_be_mutated():
+    """Whatever is drawn at the limit of MAX_GENES makes a genome, be it the same."""
+    tied_together = Genome([Gene("shift", skip=1), *[Gene("shift", skip=2)] * (MAX_GENES - 1)], embed_dim=64)
+    for net in (genome.modern(13, 64), tied_together):
+        assert len(net.genes) == MAX_GENES
+        for name, (mutation, _) in genome.MUTATIONS.items():
+            rng = random.Random(name)
+            made = [mutation(net, rng) for _ in range(20)]
+            assert all(len(child.genes) <= MAX_GENES and Genome.from_json(child.to_json()) == child for child in made)
+        children = [genome.crossover(net, genome.modern(4, 64), random.Random(n)).genome for n in range(20)]
+        assert max(len(child.genes) for child in children) <= MAX_GENES
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # --train, --scale and --deeper
 
