@@ -173,7 +173,7 @@ def fused_linear(x, *layers: Linear, taps=None):
     """
     weight = torch.cat([layer.weight for layer in layers])
     if taps is not None:
-        x = torch.cat([delay(x, back) for back in range(len(taps))], dim=-1)
+        x = last_tokens(x, len(taps))
         weight = torch.cat([tap[:, None] * weight for tap in taps], dim=1)
     return F.linear(x, weight.to(x.dtype)).split([layer.weight.size(0) for layer in layers], dim=-1)
 
@@ -181,6 +181,11 @@ def fused_linear(x, *layers: Linear, taps=None):
 def delay(x, steps: int):
     """Shift (B, T, C) by `steps` tokens to the future, zeros in front."""
     return F.pad(x, (0, 0, steps, 0))[:, : x.size(1)] if steps else x
+
+
+def last_tokens(x, n: int):
+    """Each token beside the n - 1 before it, (B, T, C) -> (B, T, n * C)."""
+    return torch.cat([delay(x, back) for back in range(n)], dim=-1)
 
 
 def rms_norm(x, gain=None):
@@ -217,7 +222,8 @@ class NgramTable(nn.Module):
 
     def forward(self, ids):
         h = ids if self.n == 1 else self.hash(ids)
-        y = rms_norm(F.embedding(h if self.n == 1 else h & (self.slots - 1), self.table).to(self.dtype))
+        row = ids if self.n == 1 else h & (self.slots - 1)
+        y = rms_norm(F.embedding(row, self.table).to(self.dtype))
         return y * ((h >> 20 & 2) - 1).to(y.dtype)[..., None] if self.signs else y
 
 
@@ -276,8 +282,7 @@ class Conv1d(Op, name="conv1d", mixes_tokens=True):
         if self.kind == "depthwise":
             y = sum(tap * delay(x, back) for back, tap in enumerate(self.taps.to(x.dtype)))
             return self.out(y) if self.out is not None else y
-        window = torch.cat([delay(x, j) for j in range(self.kernel)], dim=-1)  # (B, T, kernel * d_in)
-        return F.linear(window, torch.cat(list(self.weight), dim=1).to(x.dtype))
+        return F.linear(last_tokens(x, self.kernel), torch.cat(list(self.weight), dim=1).to(x.dtype))
 
 
 class Shift(Op, name="shift", mixes_tokens=True, keeps_width=True):
@@ -519,18 +524,22 @@ class Attention(Op, name="attention", mixes_tokens=True):
             return torch.tanh(F.linear(x, self.sharpness.to(x.dtype))).exp().transpose(1, 2).unsqueeze(-1)
         return None
 
-    def memory_keys(self, dtype):
-        """(kv, memory, D), of length 1 where the similarity is a cosine, as the other keys are then."""
-        k = self.memory_k.to(dtype)
-        return F.normalize(k, dim=-1, eps=1e-3) if self.similarity == "cosine" else k
+    def learned(self, like):
+        """Keys and values of the memory, each (B, kv, memory, D); none without one. like: (B, ...)
+
+        The keys are of length 1 where the similarity is a cosine, as the others are then.
+        """
+        if not self.memory:
+            return []
+        k = self.memory_k.to(like.dtype)
+        k = F.normalize(k, dim=-1, eps=1e-3) if self.similarity == "cosine" else k
+        return [t.expand(like.size(0), -1, -1, -1) for t in (k, self.memory_v.to(like.dtype))]
 
     def in_full(self, q, k, v, sharpness):
         """Weigh (B, kv, T, D) values by the similarity of (B, H, T, D) queries and (B, kv, T, D) keys."""
-        B, _, T, _ = q.shape
         if self.memory:
-            k = torch.cat([self.memory_keys(k.dtype).expand(B, -1, -1, -1), k], dim=2)
-            v = torch.cat([self.memory_v.to(v.dtype).expand(B, -1, -1, -1), v], dim=2)
-        position = torch.arange(T, device=q.device)
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self.learned(k), (k, v), strict=True))
+        position = torch.arange(q.size(2), device=q.device)
         back = position[:, None] - position
         back = F.pad(back, (self.memory, 0))  # what was learned is no tokens back
         shared = self.kv != self.heads
@@ -549,8 +558,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
         B, H, T, D = q.shape
         W, step = self.window, self.DILATION if self.pattern == "dilated" else 1
         k, v = (t.repeat_interleave(H // self.kv, dim=1) for t in (k, v))
-        learned = () if not self.memory else (self.memory_keys(q.dtype), self.memory_v)
-        learned = [t.to(q.dtype).repeat_interleave(H // self.kv, dim=0).expand(B, -1, -1, -1) for t in learned]
+        learned = [t.repeat_interleave(H // self.kv, dim=1) for t in self.learned(q)]
         first = [t[:, :, : self.GLOBAL] for t in (k, v)] if self.pattern == "global" else []
         seen_by_all = [torch.cat(pair, dim=2) for pair in zip(*filter(None, (learned, first)), strict=True)]
 
@@ -563,12 +571,11 @@ class Attention(Op, name="attention", mixes_tokens=True):
 
         q, k, v = blocks(q), with_before(blocks(k)), with_before(blocks(v))
         N, place = q.size(3), torch.arange(2 * W, device=q.device)
-        back = W + place[:W, None] - place
-        missing = (torch.arange(N, device=q.device) == 0)[:, None, None] & (place < W)  # before the first block
+        block, back = torch.arange(N, device=q.device)[:, None, None], W + place[:W, None] - place
+        missing = (block == 0) & (place < W)  # before the first block
         hidden, back = (back < 0) | (back >= W) | missing, back.expand(N, -1, -1) * step
         if first:
-            at = W * torch.arange(N, device=q.device)[:, None, None] + place[:W, None]
-            away = at - torch.arange(first[0].size(2), device=q.device)
+            away = W * block + place[:W, None] - torch.arange(first[0].size(2), device=q.device)
             back, hidden = torch.cat([away, back], dim=-1), torch.cat([away < W, hidden], dim=-1)
         back, hidden = F.pad(back, (self.memory, 0)), F.pad(hidden, (self.memory, 0))
         if seen_by_all:
@@ -1644,7 +1651,7 @@ def loss_kernel(width: int, dtype: torch.dtype):
         import triton
         import triton.language as tl
 
-        kernel = COMPILED.setdefault(("loss",), triton.jit(logits_to_gradient))
+        kernel = triton.jit(logits_to_gradient)
         kernel.warmup(dtype, torch.int64, torch.float32, width, 0.5, grid=(1,), **kernel_size(width))
         return kernel
     except Exception as error:  # whatever the compiler says: the loss is computed without it, slower
@@ -1686,7 +1693,8 @@ def rule_broken(op: str, traits: dict, d_in: int, d_out: int, dtype: torch.dtype
         block = Block(gene, d_in if "stream" in gene.reads else None, d_in, frame)
         doing = "counted, which builds it without memory on the device meta,"
         for width in WIDTHS:
-            block_params(gene if gene.dim is None else gene.change(dim=width), block.d_in and width, width, frame)
+            sized = gene if gene.dim is None else gene.change(dim=width)
+            block_params(sized, block.d_in and width, width, Frame(64, 64))  # the same for every dtype: counted once
         doing = f"run in {dtype}"
         stream, ids = torch.randn(2, 8, d_in, dtype=dtype, requires_grad=True) * 1, torch.arange(16).view(2, 8)
         given = {"stream": stream, "ids": ids, "embedding": stream}
@@ -1790,9 +1798,14 @@ def with_gene(genome: Genome, i: int, gene: Gene) -> Genome:
     return replace(genome, genes=fit_distances([*genome.genes[:i], gene, *genome.genes[i + 1 :]]))
 
 
+def changed_together(genome: Genome, rng: random.Random, i: int) -> list[int]:
+    """The genes that change when gene i comes to need other weights: half the time all that share weights with it."""
+    return genome.sharing_with(i) if rng.random() < 0.5 else [i]
+
+
 def with_weights_changed(genome: Genome, rng: random.Random, i: int, **changes) -> Genome:
-    """Gene i changed so that other weights fit it; half the time all that share weights with it change alike."""
-    for j in genome.sharing_with(i) if rng.random() < 0.5 else [i]:
+    """Gene i changed so that other weights fit it, and those that change with it."""
+    for j in changed_together(genome, rng, i):
         genome = with_gene(genome, j, genome.genes[j].change(**changes))
     return genome
 
@@ -1814,7 +1827,7 @@ def change_op(genome, rng):
     new = random_gene(rng, old.dim or width_near(genome, i))
     keeps = {name: getattr(old, name) for name in ("activation", "repeat", "stride")}
     genes = list(genome.genes)
-    for j in genome.sharing_with(i) if rng.random() < 0.5 else [i]:
+    for j in changed_together(genome, rng, i):
         links = {name: getattr(genes[j], name) for name in ("input", "skip", "share", "scale")}
         genes[j] = new.change(**links, **keeps)
     return replace(genome, genes=fit_distances(genes))

@@ -552,16 +552,6 @@ def in_front(genome: Genome, *genes: Gene) -> Genome:
     return genomes.spliced(genome, 0, 0, genes)
 
 
-def linked(genome: Genome, every: int, scale: str) -> Genome:
-    """The embedding added before every so many genes but the first, by a gain."""
-    genes: list[Gene] = []
-    for i, gene in enumerate(genome.genes):
-        if i and i % every == 0:
-            genes.append(Gene("identity", input=len(genes) + 1, skip=1, scale=scale))
-        genes.append(gene)
-    return dataclasses.replace(genome, genes=genes)
-
-
 def additions() -> dict[str, tuple[Genome, Genome]]:
     """What is added, with the gene that it changes -> a design without it and one with it.
 
@@ -594,8 +584,9 @@ def additions() -> dict[str, tuple[Genome, Genome]]:
         made[f"t4: plain {kind}"] = t4, everywhere(t4, "gate", kind=kind, gated=False)
     made["t4: plain gelu"] = t4, everywhere(t4, "gate", kind="gelu", gated=False)
     made["w: shift by token"] = w, everywhere(w, "shift", mix="token")
+    x0 = genomes.modern(4, 256, tied=True, mlp="swiglu")
     for scale in ("small", "zero"):
-        made[f"t4: x0 before each layer, {scale}"] = t4, linked(t4, 4, scale)
+        made[f"t4: x0 before each layer, {scale}"] = t4, everywhere(x0, "identity", scale=scale)
     for scale in ("channel", "small", "zero", "token"):
         changed = everywhere(everywhere(t4, "attention", scale=scale), "gate", scale=scale)
         made[f"t4: scale {scale} in every branch"] = t4, changed
@@ -617,24 +608,23 @@ def worth(data, settings, seeds):
     results: dict[str, list] = {key: [None] * seeds for key in named}
     for r in evaluated([task_for(g, seed, key) for seed in range(seeds) for key, g in named.items()], settings, data):
         results[r.id][r.seed] = r if r.status == "ok" else None
-    found = {}
-    for name, (without, with_it) in made.items():
-        pairs = [p for p in zip(results[without.key], results[with_it.key], strict=True) if None not in p]
-        found[name] = [b.val_bpb - a.val_bpb for a, b in pairs]
-    several = [diffs for diffs in found.values() if len(diffs) > 1]
-    noise = math.sqrt(statistics.fmean(statistics.variance(diffs) for diffs in several))
+    pairs = {
+        name: [pair for pair in zip(results[a.key], results[b.key], strict=True) if None not in pair]
+        for name, (a, b) in made.items()
+    }
+    found = {name: [b.val_bpb - a.val_bpb for a, b in both] for name, both in pairs.items()}
+    noise = math.sqrt(statistics.fmean(statistics.variance(diffs) for diffs in found.values() if len(diffs) > 1))
     interval = 1.96 * noise / seeds**0.5
     print(f"noise of one difference {noise:.4f}; the 95 % interval of a mean of {seeds} is +-{interval:.4f}")
-    for name, (_, with_it) in made.items():
-        rows = [r for r in results[with_it.key] if r]
-        if not found[name]:
+    for name, both in pairs.items():
+        if not both:
             print(f"  {name:<55} failed")
             continue
-        speed = statistics.fmean(b.tokens_per_s for b in rows)
-        before = statistics.fmean(r.tokens_per_s for r in results[made[name][0].key] if r)
-        size, cap = rows[0].params, " OVER MAX_PARAMS" if rows[0].params > settings.max_params else ""
-        print(f"  {name:<55} {statistics.fmean(found[name]):+.4f}   {size / 1e6:5.2f} M parameters{cap}   "
-              f"speed x{speed / before:.3f}", flush=True)  # fmt: skip
+        before, after = (statistics.fmean(r.tokens_per_s for r in rows) for rows in zip(*both, strict=True))
+        params = both[0][1].params
+        over = " OVER MAX_PARAMS" if params > settings.max_params else ""
+        print(f"  {name:<55} {statistics.fmean(found[name]):+.4f}   {params / 1e6:5.2f} M parameters{over}   "
+              f"speed x{after / before:.3f}", flush=True)  # fmt: skip
 
 
 BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, parts, hurdle, fidelity, worth)}
