@@ -25,6 +25,7 @@ import gc
 import itertools
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -600,9 +601,12 @@ def additions() -> dict[str, tuple[Genome, Genome]]:
     return made
 
 
-def worth(data, settings, seeds):
-    """Differences of val_bpb with the same batches and seeds; the noise of a difference is pooled over all."""
-    made = additions()
+def worth(data, settings, seeds, only=""):
+    """Differences of val_bpb with the same batches and seeds; the noise of a difference is pooled over all.
+
+    only: a regular expression; of the additions those in whose name it is found.
+    """
+    made = {name: pair for name, pair in additions().items() if re.search(only, name)}
     named = {g.key: g for pair in made.values() for g in pair}
     print(f"{len(made)} additions, {settings.time_budget:g} s, {seeds} seeds; below 0 is better")
     results: dict[str, list] = {key: [None] * seeds for key in named}
@@ -637,6 +641,7 @@ def main():
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
     parser.add_argument("--seconds", type=float, help="of training in a trial (not of speed, bpb and ops)")
     parser.add_argument("--seeds", type=int, help="of each genome in bpb, parts and worth")
+    parser.add_argument("--only", default="", help="of worth, the additions in whose name this regular expression is")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -646,8 +651,9 @@ def main():
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {data.source} {data.fingerprint}\n", flush=True)
     for name in args.which or BENCHMARKS:
         seconds = args.seconds or SECONDS.get(name, evolve.TIME_BUDGET)
-        seeds = {"seeds": args.seeds or SEEDS[name]} if name in SEEDS else {}
-        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), **seeds)
+        more = {"seeds": args.seeds or SEEDS[name]} if name in SEEDS else {}
+        more |= {"only": args.only} if name == "worth" else {}
+        BENCHMARKS[name](data, evolve.Settings(time_budget=seconds), **more)
         print()
 
 
