@@ -26,6 +26,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import fcntl
 import functools
 import gc
@@ -74,6 +75,7 @@ Above1 = Annotated[float, Rule("has to be above 1", lambda x: 1 < x < math.inf)]
 Several = Annotated[int, Rule("has to be at least 2, or there is no interval", lambda n: n >= 2)]
 SeveralOr0 = Annotated[int, Rule("is 0, or at least 2 for an interval", lambda n: n == 0 or n >= 2)]
 Seed = Annotated[int, Rule("is from 0 to a billion", lambda n: 0 <= n <= 10**9)]
+Strategy = Literal["elites", "aging", "lineages", "novelty", "pareto", "lexicase", "map_elites", "random", "drift"]
 
 # The search
 POPULATION_SIZE: Count = 12  # evaluations in a generation: survivors once more, and newcomers
@@ -82,11 +84,12 @@ REPEATS: Count = 3  # evaluations of a survivor, one a generation, each with a n
 MUTATION_RATE: Share = 0.3  # chance of each further mutation after the first, and of one after a crossover
 CROSSOVER_RATE: Share = 0.3  # share of children with two parents
 IMMIGRANTS: CountOr0 = 1  # random genomes among the newcomers of a generation
+PRESCREEN: Count = 50  # children bred for each that is trained, the one that a draw of what the record says likes best
 HURDLE: ShareAbove0 = 0.25  # best share of newcomers that train on after half their budget; 1: no hurdle
 HURDLE_SAMPLE: Share = 0.1  # share of newcomers that train on all the same, to see what the hurdle costs
 BASELINE_TRIALS: Count = 20  # evaluations that tune each family of designs by people, before the search
 MAX_GENERATIONS: CountOr0 = 25  # generations until the final; raise it to go on
-STRATEGY: Literal["evolution", "random", "drift"] = "evolution"  # random: no parents; drift: parents drawn at random
+STRATEGY: Strategy = "elites"  # who breeds: see SELECTION; controls are random (nobody) and drift (anybody)
 SEED: Seed = 0  # of everything that is random
 # A trial
 TIME_BUDGET: Positive = 30.0  # seconds of training per genome
@@ -118,9 +121,12 @@ HINTS = typing.get_type_hints(sys.modules[__name__], include_extras=True)  # of 
 CONSTANTS = {name: globals()[name] for name in HINTS}
 Settings = dataclasses.make_dataclass(
     "Settings",
-    [(name.lower(), type(default), field(default=default)) for name, default in CONSTANTS.items()],
+    [
+        *((name.lower(), type(default), field(default=default)) for name, default in CONSTANTS.items()),
+        ("start", tuple, field(default=())),
+    ],
     frozen=True,
-    namespace={"__module__": __name__, "__doc__": "The constants, in lower case."},
+    namespace={"__module__": __name__, "__doc__": "The constants, in lower case, and the genomes of --start."},
 )
 
 
@@ -138,6 +144,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", metavar="DIR", help="the folder of parquet shards that prepare.py was given")
     add("--out", metavar="DIR", help="where results go (default: here; with --demo: demo/)")
     add("--new", action="store_true", help="move the run that is there to runs/ and begin again")
+    add("--start", nargs="+", default=[], metavar="FILE", help="put the genomes in these files into generation 0")
     add("--train", metavar="FILE", help="train the genome in a file, and let it write")
     add("--save", metavar="FILE", help="where --train keeps the weights, as safetensors")
     add("--write", metavar="FILE", help="let a model write that --save kept")
@@ -227,7 +234,7 @@ class Task:
     order: int  # the seed of the order of batches
     generation: int | None = None  # in the search
     parents: tuple[str, ...] = ()
-    operator: str = ""  # in the search: random, crossover, mutations joined by +, or repeat (a survivor once more)
+    operator: str = ""  # in the search: random, start, crossover, mutations joined by +, or repeat (once more)
     budget: float = 1.0  # times TIME_BUDGET or TOKEN_BUDGET
     text: float = 1.0  # share of the training text that it sees
     test: bool = False  # scored on test as well
@@ -260,6 +267,9 @@ class Result:
     text: float = 1.0
     status: str = "ok"
     val_bpb: float | None = None  # bits per byte on val
+    bpb_first: float | None = None  # the same of the first third of each window alone: little came before
+    bpb_middle: float | None = None
+    bpb_last: float | None = None
     test_bpb: float | None = None  # bits per byte on test, read by the final and what follows it
     params: int | None = None
     tokens: int | None = None  # trained on
@@ -617,8 +627,8 @@ class Trial:
         with torch.set_grad_enabled(self.on_gpu):
             return self.model(idx, targets, reduction="none").detach()
 
-    def score(self, tokens) -> float:
-        """Bits per byte on a split."""
+    def score(self, tokens) -> list[float]:
+        """Bits per byte on a split, and on the thirds of its windows."""
         s = self.settings
         sizes = dict(seq_len=s.seq_len, rows=self.rows, max_tokens=s.eval_tokens)
         return prepare.bits_per_byte(self.scored_losses, tokens, self.data.token_bytes, **sizes)
@@ -666,10 +676,13 @@ class Trial:
         if result.status == "ok" and self.sees_the_future():
             result.status = "leak"
         if result.status == "ok":
-            result.val_bpb = self.score(self.data.val)
-            result.test_bpb = self.score(self.data.test) if self.task.test else None
-            if not all(math.isfinite(score) for score in (result.val_bpb, result.test_bpb or 0.0)):
-                result.status, result.val_bpb, result.test_bpb = "diverged", None, None
+            val_bpb, *thirds = self.score(self.data.val)
+            test_bpb = self.score(self.data.test)[0] if self.task.test else None
+            if math.isfinite(val_bpb) and math.isfinite(test_bpb or 0.0):
+                result.val_bpb, result.test_bpb = val_bpb, test_bpb
+                result.bpb_first, result.bpb_middle, result.bpb_last = thirds
+            else:
+                result.status = "diverged"
         if self.on_gpu:
             result.memory_mb = torch.cuda.max_memory_allocated() // 2**20
             torch.cuda.empty_cache()  # what the graph held, before others have their turn
@@ -1412,7 +1425,8 @@ def code_hash() -> str:
 
 def describe_run(settings: Settings, data: prepare.Dataset, device: str) -> dict:
     """The header of a record."""
-    own = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
+    own = {name.lower(): getattr(settings, name.lower()) for name in CONSTANTS if name.lower() not in MAY_CHANGE}
+    own |= {"start": [f"{genome.key} {genome.summary}" for genome in settings.start]} if settings.start else {}
     data_is = {"data": data.source, "fingerprint": data.fingerprint, "vocab_size": data.vocab_size}
     return {**own, **data_is, "device": device, "torch": torch.__version__, "code": code_hash()}
 
@@ -1436,8 +1450,10 @@ class Candidate:
     tried: int  # evaluations, those that failed included
     generation: int | None  # in which it was new
     genome: Genome
+    first: Result  # its first evaluation with a score
+    root: str = ""  # of a genome of the search: the random one that it descends from
 
-    @property
+    @functools.cached_property
     def mean(self) -> float:
         return statistics.fmean(self.scores)
 
@@ -1453,7 +1469,7 @@ def candidates(rows: list[Result]) -> list[Candidate]:
     Not those that diverged, leaked or were dead with any seed, and not those that failed otherwise (out of memory,
     timeout, crash) more than once.
     """
-    by_id = collections.defaultdict(list)
+    by_id, root = collections.defaultdict(list), roots(rows)
     for row in rows:
         by_id[row.id].append(row)
     found = []
@@ -1461,10 +1477,20 @@ def candidates(rows: list[Result]) -> list[Candidate]:
         ok = [row for row in group if row.status == "ok"]
         wrong = any(row.status in ("diverged", "leak", "dead") for row in group)
         if ok and not wrong and len(group) - len(ok) < 2:
-            first = min((row.generation for row in group), key=lambda g: (g is not None, g))
-            genome = Genome.from_json(ok[0].genome)
-            found.append(Candidate(name, tuple(r.val_bpb for r in ok), len(group), first, genome))
+            new_in = min((row.generation for row in group), key=lambda g: (g is not None, g))
+            first = min(ok, key=lambda row: row.seed)
+            scores = tuple(row.val_bpb for row in ok)
+            genome = Genome.from_json(first.genome)
+            found.append(Candidate(name, scores, len(group), new_in, genome, first, root.get(name, "")))
     return sorted(found, key=lambda c: (c.mean, in_order(c.id)))
+
+
+def roots(rows: list[Result]) -> dict[str, str]:
+    """The random genome that each newcomer descends from, of two parents by the first; an immigrant is its own."""
+    found: dict[str, str] = {}
+    for row in sorted((row for row in rows if row.is_newcomer), key=lambda row: in_order(row.id)):
+        found[row.id] = found.get(row.parents.partition(",")[0], row.id)
+    return found
 
 
 def of_stage(rows: list[Result], stage: str) -> list[Result]:
@@ -1646,12 +1672,146 @@ def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> l
     return [task(c.id, c.genome, c.tried) for c in best if c.tried < settings.repeats]
 
 
-def select(rows: list[Result], settings: Settings, rng: random.Random) -> list[Candidate]:
-    """The survivors: the best by mean of their evaluations; under drift any, for comparison."""
-    found = searched(rows)
-    if settings.strategy == "drift":
-        return rng.sample(found, min(settings.survivors, len(found)))
-    return found[: settings.survivors]
+# Who breeds. Each of these takes the genomes that were scored, best first, and gives a function that draws a parent.
+# Newcomers that the hurdle stopped have no score, so that none of them is a parent; what they show of their parts
+# counts all the same (see Belief).
+
+Draw = Callable[[random.Random], Candidate]
+TOURNAMENT = 5  # genomes that are drawn, of which the best becomes a parent
+AGE = 60  # newcomers, after so many a genome no longer breeds by `aging`
+PROTECTED = 2  # the best, which breed all the same
+NEIGHBOURS = 10  # the most similar genomes, from which `novelty` measures how far one is
+OBJECTIVES = {"val_bpb": 1, "params": 1, "tokens_per_s": -1, "memory_mb": 1}  # of `pareto`; 1: less is better
+MARGIN = 0.05  # bits per byte behind the best, within which `novelty` and `pareto` look
+
+
+def tournament(pool: list[Candidate], rank: Callable[[Candidate], float] = lambda c: c.mean) -> Draw:
+    """The first by rank of some that are drawn (Goldberg & Deb 1991)."""
+    return lambda rng: min(rng.sample(pool, min(TOURNAMENT, len(pool))), key=rank)
+
+
+def elites(known: list[Candidate], settings: Settings) -> Draw:
+    """One of the best (truncation selection; Muehlenbein & Schlierkamp-Voosen 1993)."""
+    return lambda rng: rng.choice(known[: settings.survivors])
+
+
+def aging(known: list[Candidate], settings: Settings) -> Draw:
+    """A tournament among the youngest, so that luck is forgotten (Real et al. 2019), and the best."""
+    young = sorted(known, key=lambda c: in_order(c.id))[-AGE:]
+    return tournament(young + [c for c in known[:PROTECTED] if c not in young])
+
+
+def lineages(known: list[Candidate], settings: Settings) -> Draw:
+    """A tournament of the best of each root and each sequence of ops (species; Stanley & Miikkulainen 2002, NEAT)."""
+    taken: set = set()
+    kept = [c for c in known if not taken & {c.root, c.genome.ops} and not taken.update({c.root, c.genome.ops})]
+    return tournament(kept)
+
+
+def near_best(known: list[Candidate]) -> list[Candidate]:
+    return [c for c in known if c.mean <= known[0].mean + MARGIN]
+
+
+def novelty(known: list[Candidate], settings: Settings) -> Draw:
+    """A tournament by the mean distance to the most similar others (Lehman & Stanley 2011)."""
+    far = {}
+    for c in near_best(known):
+        away = sorted(gene_distance(c.genome, other.genome) for other in known if other is not c)
+        far[c.id] = statistics.fmean(away[:NEIGHBOURS] or [0.0])
+    return tournament(near_best(known), rank=lambda c: -far[c.id])
+
+
+def gene_distance(a: Genome, b: Genome) -> float:
+    """How unlike the genes of two networks are, from 0 to 1, in their order; distances aside."""
+    return distance_of_words(a.words, b.words)
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def distance_of_words(a: tuple[str, ...], b: tuple[str, ...]) -> float:
+    return 1 - difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+
+
+def fronts(points: list[tuple[float, ...]]) -> list[int]:
+    """The front of each point: 0 where no other is at least as low in all and lower in one; then without those, 1."""
+    front, left, n = [0] * len(points), set(range(len(points))), 0
+    while left:
+        beaten = {i for i in left if any(points[j] != points[i] and
+                  all(a <= b for a, b in zip(points[j], points[i], strict=True)) for j in left)}  # fmt: skip
+        for i in left - beaten:
+            front[i] = n
+        left, n = beaten, n + 1
+    return front
+
+
+def crowding(points: list[tuple[float, ...]], front: list[int]) -> list[float]:
+    """How far the neighbours of each point in its front are from each other, in shares of the width of that front,
+    summed over the objectives; inf at its ends."""
+    found = [0.0] * len(points)
+    for n in set(front):
+        members = [i for i in range(len(points)) if front[i] == n]
+        for k in range(len(points[0])):
+            line = sorted(members, key=lambda i: points[i][k])
+            width = points[line[-1]][k] - points[line[0]][k]
+            for i in (line[0], line[-1]):
+                found[i] = math.inf
+            for before, i, after in zip(line, line[1:], line[2:], strict=False):
+                found[i] += (points[after][k] - points[before][k]) / width if width else 0.0
+    return found
+
+
+def objectives(c: Candidate) -> tuple[float, ...]:
+    """All of them the lower the better; 0 where one was not measured, as memory on a CPU."""
+    return tuple(sign * ((c.mean if name == "val_bpb" else getattr(c.first, name)) or 0)
+                 for name, sign in OBJECTIVES.items())  # fmt: skip
+
+
+def pareto(known: list[Candidate], settings: Settings) -> Draw:
+    """Of two the one in the better front, or the less crowded (Deb et al. 2002, NSGA-II)."""
+    pool = near_best(known)
+    points = [objectives(c) for c in pool]
+    front = fronts(points)
+    rank = list(zip(front, (-apart for apart in crowding(points, front)), strict=True))
+    return lambda rng: pool[min(rng.sample(range(len(pool)), min(2, len(pool))), key=lambda i: rank[i])]
+
+
+def lexicase(known: list[Candidate], settings: Settings) -> Draw:
+    """Thirds of the window in random order: who is worse than the best by more than the median distance from the
+    median drops out at each (La Cava et al. 2019, epsilon-lexicase)."""
+    cases = [tuple(getattr(c.first, name) for c in known) for name in ("bpb_first", "bpb_middle", "bpb_last")]
+    cases = [case for case in cases if None not in case] or [tuple(c.mean for c in known)]
+    middle = [statistics.median(case) for case in cases]
+    epsilon = [statistics.median(abs(x - m) for x in case) for case, m in zip(cases, middle, strict=True)]
+
+    def draw(rng: random.Random) -> Candidate:
+        pool = list(range(len(known)))
+        for k in rng.sample(range(len(cases)), len(cases)):
+            best = min(cases[k][i] for i in pool)
+            pool = [i for i in pool if cases[k][i] <= best + epsilon[k]]
+        return known[rng.choice(pool)]
+
+    return draw
+
+
+def cell(c: Candidate) -> tuple[str, int]:
+    """Its mixer of tokens that stands there most often, and its size to the next power of two."""
+    mixers = collections.Counter(op for op in c.genome.ops if OPS[op].mixes_tokens)
+    return max(mixers, key=lambda op: (mixers[op], op), default=""), round(math.log2(c.first.params or 1))
+
+
+def map_elites(known: list[Candidate], settings: Settings) -> Draw:
+    """The best of a cell, any of them (Mouret & Clune 2015)."""
+    best: dict = {}
+    for c in known:
+        best.setdefault(cell(c), c)
+    return lambda rng: rng.choice(list(best.values()))
+
+
+def drift(known: list[Candidate], settings: Settings) -> Draw:
+    """Any: a control, which selects nothing."""
+    return lambda rng: rng.choice(known)
+
+
+SELECTION = {f.__name__: f for f in (elites, aging, lineages, novelty, pareto, lexicase, map_elites, drift)}
 
 
 def hurdle_after(earlier: list[Result], settings: Settings) -> tuple[float, ...]:
@@ -1670,42 +1830,212 @@ def hurdle_after(earlier: list[Result], settings: Settings) -> tuple[float, ...]
     return tuple(limits)
 
 
+# What is tried. The space is wide and an evaluation is dear, but a child costs a millisecond: for each place many are
+# bred, and the record, so far as it goes, is asked which of them to train.
+
+WEIGHT = 0.012  # bits per byte that a part is worth, before anything is known of it: a standard deviation, as all below
+MISFIT = 0.008  # of what a genome scores from the sum of its parts
+LEVEL = 0.3  # of the level of all scores
+NOISE = 0.0025  # of an evaluation
+CLIP = 0.08  # scores are cut so far above the best, and a score unknown for divergence counts as that
+
+
+@functools.lru_cache(maxsize=5_000)
+def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
+    """What a network consists of, by name, each on a scale on which it may be worth about as much as the others.
+
+    Ops and how often they stand there; choices of traits that are not the usual ones; pairs of ops in a row, norms
+    aside; what stands before the first attention; depth, width, size, and how it is trained.
+    """
+    found: dict[tuple, float] = {}
+    genes = collections.defaultdict(list)
+    for node in genome.network:
+        genes[node.gene.op].append(node)
+    for op, nodes in genes.items():
+        found[op,] = 1.0
+        found[op, "times"] = 0.7 * math.log2(len(nodes))
+        unusual = collections.Counter(choice for node in nodes for choice in node.gene.unusual)
+        unusual["share", True] = sum(node.owner is not None for node in nodes)
+        found |= {(op, *choice): 0.5 + 0.5 * times / len(nodes) for choice, times in unusual.items() if times}
+    line = ["", *(op for op in genome.ops if op != "norm"), ""]
+    for pair in itertools.pairwise(line):
+        found[("pair", *pair)] = 0.35
+    if "attention" in line:
+        for op in line[1 : line.index("attention")]:
+            found["before attention", op] = 0.5
+    sized = [node.d_out for node in genome.network if node.gene.dim]
+    branches = sum(node.skip is not None for node in genome.network)
+    scales = {
+        "depth": branches / 4,
+        "width": 2 * statistics.fmean(math.log2(d / 256) for d in sized or [256]),
+        "embedding": math.log2(genome.embed_dim / 256),
+        "rate": math.log2(genome.lr_factor),
+    }
+    for name, x in scales.items():
+        found[name,], found[name, "squared"] = x, 0.5 * x * x
+    found["size",] = math.log2(genome.num_params(vocab_size) / 5e6)
+    found["tied",] = float(genome.tied)
+    return found
+
+
+class Evidence(NamedTuple):
+    """What one evaluation showed: the parts, the score, and how uncertain that is."""
+
+    id: str
+    parts: dict[tuple, float]
+    score: float
+    noise: float
+
+
+def evidence(rows: list[Result], settings: Settings, vocab_size: int) -> list[Evidence]:
+    """What the search has shown so far; in an order that does not depend on which evaluation ended first.
+
+    Who was stopped at the hurdle is taken at what its outlook says there: a line through the others' scores.
+    """
+    rows = sorted(of_stage(rows, "search"), key=lambda row: (in_order(row.id), row.seed))
+    scored = [row for row in rows if row.status == "ok"]
+    if not scored:
+        return []
+    cut = min(row.val_bpb for row in scored) + CLIP
+    found = []
+    for row in rows:
+        score, noise = row.val_bpb, NOISE
+        if row.status == "diverged":
+            score, noise = cut, CLIP / 2
+        if row.status == "stopped":
+            score, noise = at_the_hurdle(row, scored, settings)
+        if score is not None:
+            found.append(Evidence(row.id, parts(Genome.from_json(row.genome), vocab_size), min(score, cut), noise))
+    return found
+
+
+def at_the_hurdle(row: Result, scored: list[Result], settings: Settings) -> tuple[float | None, float]:
+    """What a newcomer would have scored that was stopped, by those that were not, and how uncertain that is."""
+    tenth = sum(not math.isnan(loss) for loss in row.curve) - 1  # the last that is whole
+    known = [(outlook(r.loss_of(tenth), r.tokens_per_s or 1, settings), r.val_bpb) for r in scored]
+    known = [(x, y) for x, y in known if x < math.inf] if tenth > 0 else []
+    if len({x for x, _ in known}) < 3:
+        return None, 0.0
+    slope, level = statistics.linear_regression(*zip(*known, strict=True))
+    off = statistics.fmean((level + slope * x - y) ** 2 for x, y in known) ** 0.5
+    return level + slope * outlook(row.loss_of(tenth), row.tokens_per_s or 1, settings), max(NOISE, off)
+
+
+class Belief:
+    """What the record says of each part: Bayesian linear regression of scores on parts.
+
+    Every weight is normal a priori, and so is what a genome is off the sum of its parts, alike in all its evaluations.
+    What matters is the draw (Thompson 1933; Russo et al. 2018): weights that are not known yet vary widely, so that a
+    new part is tried early, several in one child, and dropped once the record speaks against it. In the search of
+    architectures after White et al. 2021, BANANAS.
+    """
+
+    def __init__(self, seen: list[Evidence]):
+        self.names = {name: i for i, name in enumerate(dict.fromkeys(name for s in seen for name in s.parts))}
+        self.X = np.stack([self.vector(s.parts) for s in seen])  # (evaluations, parts)
+        scores, self.noise = np.array([s.score for s in seen]), np.array([s.noise for s in seen])
+        self.y = scores - scores.mean()
+        ids = {s.id: i for i, s in enumerate(seen)}
+        self.genome = np.array([ids[s.id] for s in seen])  # a number that evaluations of one genome share
+        alike = self.genome[:, None] == self.genome
+        prior = WEIGHT**2 * self.X @ self.X.T + LEVEL**2 + MISFIT**2 * alike
+        self.precision = np.linalg.inv(prior + np.diag(self.noise**2))
+
+    def vector(self, parts: dict[tuple, float]) -> np.ndarray:
+        x = np.zeros(len(self.names))
+        for name, value in parts.items():
+            if name in self.names:
+                x[self.names[name]] = value
+        return x
+
+    def draw(self, rng: np.random.Generator) -> Callable[[dict[tuple, float]], float]:
+        """One set of weights from the posterior, as a function from parts to the score, up to a constant.
+
+        By Matheron's rule: a draw from the prior, put right by what it would have seen. A part that the record lacks
+        keeps its draw from the prior.
+        """
+        n, p = self.X.shape
+        weights, level = WEIGHT * rng.standard_normal(p), LEVEL * rng.standard_normal()
+        misfit, noise = MISFIT * rng.standard_normal(n)[self.genome], self.noise * rng.standard_normal(n)
+        weights += WEIGHT**2 * self.X.T @ (self.precision @ (self.y - self.X @ weights - level - misfit - noise))
+        new: dict[tuple, float] = {}
+
+        def score(parts: dict[tuple, float]) -> float:
+            unknown = [name for name in parts if name not in self.names]
+            for name in unknown:
+                if name not in new:
+                    new[name] = WEIGHT * rng.standard_normal()
+            return float(weights @ self.vector(parts)) + sum(new[name] * parts[name] for name in unknown)
+
+        return score
+
+
+class Newborn(NamedTuple):
+    genome: Genome
+    operator: str
+    parents: tuple[str, ...]
+
+
+def child_of(draw: Draw, settings: Settings, rng: random.Random) -> Newborn:
+    """A child of one parent or of two that are drawn."""
+    parent = draw(rng)
+    if rng.random() < settings.crossover_rate:
+        others = (other for other in (draw(rng) for _ in range(10)) if other.id != parent.id)
+        if other := next(others, None):
+            genome, operator = crossover(parent.genome, other.genome, rng)
+            if rng.random() < settings.mutation_rate:
+                genome, mutation = mutate(genome, rng, 0.0)
+                operator = f"{operator}+{mutation}"
+            return Newborn(genome, operator, (parent.id, other.id))
+    genome, operator = mutate(parent.genome, rng, settings.mutation_rate)
+    return Newborn(genome, operator, (parent.id,))
+
+
 def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: int) -> list[Task]:
     """The evaluations of a generation, from what came before it: survivors again with a new seed, then newcomers."""
     rng = random.Random(f"{settings.seed}/{generation}")
     earlier = [row for row in of_stage(rows, "search") if row.generation < generation]
-    survivors = select(earlier, settings, rng)
+    known = searched(earlier)
     base = settings.seed * SEEDS
     seed, hurdle = base + generation, hurdle_after(earlier, settings)
-    repeats = [c for c in survivors if c.tried < settings.repeats]
+    repeats = [c for c in known[: settings.survivors] if c.tried < settings.repeats]
     tasks = [Task("search", c.id, c.genome, seed, base + c.tried, generation, operator="repeat") for c in repeats]
-    seen = {row.key for row in earlier}
+    draw = SELECTION[settings.strategy](known, settings) if known and settings.strategy in SELECTION else None
+    chooses = draw and settings.prescreen > 1 and settings.strategy != "drift"  # controls choose nothing
+    belief = Belief(evidence(earlier, settings, vocab_size)) if chooses else None
+    met = {row.key for row in earlier}
+
+    def new(make: Callable[[], Newborn]) -> Newborn:
+        for _ in range(100_000):
+            child = make()
+            if (
+                is_small(child.genome, settings, vocab_size)
+                and child.genome.mixes_tokens
+                and child.genome.key not in met
+            ):
+                return child
+        raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
+
     newcomers = settings.population_size - len(repeats)
     for n in range(newcomers):
-        for _ in range(100_000):
-            parents: list[Candidate] = []
-            if settings.strategy == "random" or not survivors or n >= newcomers - settings.immigrants:
-                genome, operator = random_genome(rng), "random"
-            elif len(survivors) > 1 and rng.random() < settings.crossover_rate:
-                parents = rng.sample(survivors, 2)
-                genome, operator = crossover(parents[0].genome, parents[1].genome, rng)
-                if rng.random() < settings.mutation_rate:
-                    genome, mutation = mutate(genome, rng, 0.0)
-                    operator = f"{operator}+{mutation}"
-            else:
-                parents = [rng.choice(survivors)]
-                genome, operator = mutate(parents[0].genome, rng, settings.mutation_rate)
-            small = genome.num_params(vocab_size) <= settings.max_params
-            if small and genome.mixes_tokens and genome.key not in seen:
-                break
+        if generation == 0 and n < len(settings.start):
+            child = Newborn(settings.start[n], "start", ())
+        elif draw is None or n >= newcomers - settings.immigrants:
+            child = new(lambda: Newborn(random_genome(rng), "random", ()))
+        elif belief is None:
+            child = new(lambda: child_of(draw, settings, rng))
         else:
-            raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
-        seen.add(genome.key)
+            litter = [new(lambda: child_of(draw, settings, rng)) for _ in range(settings.prescreen)]
+            score = belief.draw(np.random.default_rng(rng.getrandbits(64)))
+            child = min(litter, key=lambda child: score(parts(child.genome, vocab_size)))
+        met.add(child.genome.key)
         spared = rng.random() < settings.hurdle_sample
-        name, from_whom = f"g{generation}.{n + 1:02d}", tuple(p.id for p in parents)
-        is_immigrant = operator == "random" and settings.strategy != "random"
+        is_immigrant = child.operator == "random" and settings.strategy != "random"
         limits = dict(hurdle=() if is_immigrant else hurdle, spared=spared)
-        tasks.append(Task("search", name, genome, seed, base, generation, from_whom, operator, **limits))
+        name = f"g{generation}.{n + 1:02d}"
+        tasks.append(
+            Task("search", name, child.genome, seed, base, generation, child.parents, child.operator, **limits)
+        )
     return tasks
 
 
@@ -2158,15 +2488,15 @@ def lineage_text(rows: list[Result], name: str) -> str:
 
 def ops_text(rows: list[Result], winner: Genome, settings: Settings) -> str:
     """What became of every op: in how many newcomers it was, until when in one of the best, how often in the winner."""
-    newcomers = {r.id: [node.gene.op for node in Genome.from_json(r.genome).network] for r in rows if r.is_newcomer}
-    kept = [node.gene.op for node in winner.network]
+    newcomers = {r.id: Genome.from_json(r.genome).ops for r in rows if r.is_newcomer}
     leaders = leaders_by_generation(rows, settings.survivors)
     until = {op: g for g, ids in enumerate(leaders) for id in ids for op in newcomers.get(id, ())}
     lines = [f"\n{'':<12}of {len(newcomers)} newcomers in   among the best {settings.survivors}   times in the winner"]
     for op in OPS:
         when = until.get(op)
         when = "never" if when is None else "to the end" if when == len(leaders) - 1 else f"until generation {when}"
-        lines.append(f"{op:<12}{sum(op in ops for ops in newcomers.values()):>19}   {when:<20}{kept.count(op):>16}")
+        lines.append(f"{op:<12}{sum(op in ops for ops in newcomers.values()):>19}   {when:<20}"
+                     f"{winner.ops.count(op):>16}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -2239,6 +2569,7 @@ def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome
         "rival": rival and {"id": rival.id, "genome": json.loads(rival.genome.to_json())},
         "settings": header,
         "torch": header.get("torch"),
+        "descends_from": [row.id for row in lineage(rows, best.id) if row.operator == "start"],  # of --start
         "lineage": [{name: getattr(row, name) for name in shown} for row in lineage(rows, best.id)],
     }
 
@@ -2523,6 +2854,21 @@ def read_designs(path: Path, scale: float, deeper: int) -> dict[str, Genome]:
     return {" ".join([name, *changes]): genome for name, genome in made.items()}
 
 
+def read_start(files: list[str], settings: Settings) -> list[Genome]:
+    """The genomes of files, best_genome.json or of their own, that --start puts into generation 0. Raises Stop."""
+    found: dict[str, Genome] = {}
+    for file in files:
+        (genome,) = read_designs(Path(file), 1.0, 0).values()
+        if not genome.mixes_tokens:
+            raise Stop(f"--start {file}: no token of it sees another")
+        if genome.key in found:
+            raise Stop(f"--start {file}: it is the same network as another of them")
+        found[genome.key] = genome
+    if len(found) > settings.population_size:
+        raise Stop(f"--start: {len(found)} genomes, over POPULATION_SIZE = {settings.population_size}; raise that")
+    return list(found.values())
+
+
 def check_memory(designs: dict[str, Genome], data: prepare.Dataset, device: torch.device):
     """Raise Stop where weights, gradients and what the optimizer keeps, 16 bytes a parameter, have no room."""
     if device.type == "cuda":
@@ -2689,12 +3035,15 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
+    if args.start and (args.train or args.write):
+        raise Stop("--start is for a search; it has no meaning beside --train and --write")
     if (args.scale != 1 or args.deeper) and not args.train:
         raise Stop("--scale and --deeper change the design that --train trains; name it with --train FILE")
     if not 0 < args.scale <= MAX_WIDTH or not 0 <= args.deeper <= MAX_GENES:
         raise Stop(f"--scale {args.scale:g} --deeper {args.deeper}: the one has to be above 0 and up to {MAX_WIDTH:,}, "
                    f"the other from 0 to {MAX_GENES}")  # fmt: skip
     designs = read_designs(Path(args.train), args.scale, args.deeper) if args.train else {}
+    settings = dataclasses.replace(settings, start=tuple(read_start(args.start, settings)))
     if args.save and not Path(args.save).absolute().parent.is_dir():
         raise Stop(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
     if not args.write:  # that builds no op anew
@@ -2703,6 +3052,10 @@ def run_command(args: argparse.Namespace):
     shortest = min(len(data.train), len(data.val), len(data.test), settings.eval_tokens + 1) - 1
     if shortest < settings.seq_len:
         raise Stop(f"SEQ_LEN = {settings.seq_len}: EVAL_TOKENS and each split have to fill it, not {shortest} tokens")
+    for file, genome in zip(args.start, settings.start, strict=True):
+        if not is_small(genome, settings, data.vocab_size):
+            raise Stop(f"--start {file}: {genome.num_params(data.vocab_size):,} parameters, over MAX_PARAMS = "
+                       f"{settings.max_params:,}; raise that")  # fmt: skip
     least = Genome((Gene("shift"),), embed_dim=min(WIDTHS)).num_params(data.vocab_size)
     if settings.max_params < least:
         raise Stop(f"MAX_PARAMS = {settings.max_params:,}: embedding and head of the smallest genome have {least:,}")

@@ -1081,33 +1081,40 @@ class Gene:
 
     def change(self, **changes) -> Gene:
         """The same gene with some fields or traits changed."""
-        return Gene(**{**self.to_dict(), **changes})
+        return Gene(**{**self.to_dict(), **changes}) if changes else self
 
     def to_dict(self) -> dict:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "traits"}
         return {**own, **dict(self.traits)}
 
-    @property
+    @functools.cached_property
     def bare(self) -> Gene:
         """The gene without its distances: what it takes to build it, once the widths it reads are known."""
         return self.change(input=1, skip=min(self.skip, 1), share=0)
 
-    @property
+    @functools.cached_property
     def reads(self) -> tuple[str, ...]:
         """Which of stream, ids and embedding the op takes."""
         return OPS[self.op].reads(dict(self.traits))
 
-    @property
+    @functools.cached_property
+    def unusual(self) -> tuple[tuple[str, object], ...]:
+        """The traits, wiring included, that are not as usual, each with what they are."""
+        wiring = [(name, getattr(self, name), choices) for name, choices in WIRING.items()]
+        own = [(name, value, OPS[self.op].traits[name]) for name, value in self.traits]
+        return tuple((name, value) for name, value, choices in wiring + own if value != choices[0])
+
+    @functools.cached_property
     def is_plain(self) -> bool:
         """Whether it is its op and nothing else."""
         return self.activation == "none" and not self.skip and self.stride == 1
 
-    @property
+    @functools.cached_property
     def adds_nothing(self) -> bool:
         """Whether it only hands on what it reads."""
         return self.op == "identity" and self.is_plain
 
-    @property
+    @functools.cached_property
     def is_plain_norm(self) -> bool:
         """Whether it is an RMS norm and nothing else, so that another one after it changes nothing but a gain."""
         return self.op == "norm" and self.kind == "rms" and self.is_plain
@@ -1236,10 +1243,21 @@ class Genome:
         """Channels that reach the head."""
         return self.network[-1].d_out if self.network else self.embed_dim
 
+    @functools.cached_property
+    def ops(self) -> tuple[str, ...]:
+        """Those of its network, in order."""
+        return tuple(node.gene.op for node in self.network)
+
+    @functools.cached_property
+    def words(self) -> tuple[str, ...]:
+        """The genes of its network, each in words: its op, its width, and what is not as usual."""
+        genes = [node.gene for node in self.network]
+        return tuple(" ".join([g.op, str(g.dim or ""), *(f"{n}={v}" for n, v in g.unusual)]) for g in genes)
+
     @property
     def summary(self) -> str:
         """The ops in a line, runs that repeat written once: (norm→attention→norm→gate)×6."""
-        ops, parts, i = [node.gene.op for node in self.network], [], 0
+        ops, parts, i = self.ops, [], 0
         while i < len(ops):
             best, times = 1, 1
             for size in range(1, 9):
@@ -1908,6 +1926,17 @@ def change_trait(genome, rng):
     return with_weights_changed(genome, rng, i, **{name: value})
 
 
+def change_trait_everywhere(genome, rng):
+    """One trait of one op, in all of its genes."""
+    traits = sorted({(gene.op, name) for gene in genome.genes for name, _ in gene.traits})
+    if not traits:
+        return genome
+    op, name = rng.choice(traits)
+    value = other(rng, OPS[op].traits[name], rng.choice([getattr(g, name) for g in genome.genes if g.op == op]))
+    genes = (gene.change(**{name: value}) if gene.op == op else gene for gene in genome.genes)
+    return replace(genome, genes=tuple(genes))
+
+
 def change_training(genome, rng):
     """Learning rate, embedding width or tied head."""
     name = rng.choice(list(GENOME_TRAITS))
@@ -2021,39 +2050,52 @@ def remove_run(genome, rng):
     return spliced(genome, *random_run(genome, rng), [])
 
 
-MUTATIONS = {  # name: (function of a genome and an rng, how often it is drawn)
-    "change_op": (change_op, 2),
-    "change_width": (change_width, 2),
-    "change_activation": (change_activation, 1),
-    "change_skip": (change_skip, 1.5),
-    "change_input": (change_input, 1),
-    "change_repeat": (change_repeat, 1),
-    "change_stride": (change_stride, 0.5),
-    "change_scale": (change_scale, 1),
-    "change_share": (change_share, 0.5),
-    "change_trait": (change_trait, 4),
-    "change_training": (change_training, 1.5),
-    "add_gene": (add_gene, 4),
-    "add_block": (add_block, 2),
-    "add_link": (add_link, 1),
-    "remove_gene": (remove_gene, 1.5),
-    "swap_runs": (swap_runs, 1),
-    "duplicate_run": (duplicate_run, 3),
-    "share_run": (share_run, 1),
-    "remove_run": (remove_run, 0.5),
+class Mutation(NamedTuple):
+    change: Callable[[Genome, random.Random], Genome]
+    weight: float  # how often it is drawn
+    growth: int = 0  # 1 where it makes a genome longer, -1 where shorter
+
+
+MUTATIONS = {
+    "change_op": Mutation(change_op, 2),
+    "change_width": Mutation(change_width, 2),
+    "change_activation": Mutation(change_activation, 1),
+    "change_skip": Mutation(change_skip, 1.5),
+    "change_input": Mutation(change_input, 1),
+    "change_repeat": Mutation(change_repeat, 1),
+    "change_stride": Mutation(change_stride, 0.5),
+    "change_scale": Mutation(change_scale, 1),
+    "change_share": Mutation(change_share, 0.5),
+    "change_trait": Mutation(change_trait, 6),
+    "change_trait_everywhere": Mutation(change_trait_everywhere, 6),
+    "change_training": Mutation(change_training, 1.5),
+    "add_gene": Mutation(add_gene, 4, growth=1),
+    "add_block": Mutation(add_block, 2, growth=1),
+    "add_link": Mutation(add_link, 1, growth=1),
+    "remove_gene": Mutation(remove_gene, 1.5, growth=-1),
+    "swap_runs": Mutation(swap_runs, 1),
+    "duplicate_run": Mutation(duplicate_run, 3, growth=1),
+    "share_run": Mutation(share_run, 1, growth=1),
+    "remove_run": Mutation(remove_run, 0.5, growth=-1),
 }
+LONG = 12  # genes, from which on what makes a genome longer is drawn less often, and what makes it shorter more often
 
 
 def mutate(genome: Genome, rng: random.Random, rate: float) -> Child:
-    """One random change, and with chance `rate` another, up to four. The child never computes what its parent does."""
-    names, weights = list(MUTATIONS), [weight for _, weight in MUTATIONS.values()]
-    while True:
-        child, operators = genome, []
-        while not operators or (len(operators) < 4 and rng.random() < rate):
-            operators += rng.choices(names, weights)
-            child = MUTATIONS[operators[-1]][0](child, rng)
-        if child.key != genome.key:
-            return Child(child, "+".join(operators))
+    """One random change, and with chance `rate` another, up to four, each of what is computed; what changed nothing is
+    drawn again. The child never computes what its parent does."""
+    child, operators = genome, []
+    while not operators or (len(operators) < 4 and rng.random() < rate):
+        length = max(1.0, len(child.genes) / LONG)
+        weights = [m.weight / length**m.growth for m in MUTATIONS.values()]
+        while True:
+            (name,) = rng.choices(list(MUTATIONS), weights)
+            changed = MUTATIONS[name].change(child, rng)
+            if changed.key not in (genome.key, child.key):
+                break
+        child = changed
+        operators.append(name)
+    return Child(child, "+".join(operators))
 
 
 def crossover(a: Genome, b: Genome, rng: random.Random) -> Child:

@@ -881,9 +881,10 @@ def bits_per_byte(
     seq_len: int,
     rows: int,
     max_tokens: int | None = None,
-) -> float:
+) -> list[float]:
     """
-    Return sum of nats / (ln 2 * sum of bytes) over non-overlapping windows of a split; NaN and inf come through.
+    Return sum of nats / (ln 2 * sum of bytes) over non-overlapping windows of a split, and the same of the first,
+    second and last third of each window; NaN and inf come through.
     tokens: int16 (tokens,), token_bytes: int64 (vocab_size,), both on the device. max_tokens scores as many windows
     as it fills, spread evenly over the split. token_losses(idx, targets) -> nats, all (rows, seq_len): every call has
     this shape, the last is padded with windows that do not count. Targets without bytes (BOS) are out of both sums.
@@ -893,7 +894,7 @@ def bits_per_byte(
     device, n_windows = tokens.device, window_count(tokens, seq_len, max_tokens)
     windows = torch.arange(n_windows, device=device) * window_count(tokens, seq_len) // n_windows
     row = torch.arange(rows, device=device)
-    sum_nats = torch.zeros((), dtype=torch.float64, device=device)
+    sum_nats = torch.zeros(seq_len, dtype=torch.float64, device=device)  # at each place in a window
     sum_bytes = torch.zeros_like(sum_nats)
     with torch.no_grad():
         for first in range(0, n_windows, rows):
@@ -902,9 +903,11 @@ def bits_per_byte(
             losses = token_losses(idx, targets)
             assert losses.shape == targets.shape, f"losses {tuple(losses.shape)}, not {tuple(targets.shape)}"
             n_bytes = token_bytes[targets] * (place < n_windows)[:, None]  # 0: padding, or BOS
-            sum_nats += torch.where(n_bytes > 0, losses.double(), 0.0).sum()
-            sum_bytes += n_bytes.sum()
-    return (sum_nats / (math.log(2) * sum_bytes)).item()
+            sum_nats += torch.where(n_bytes > 0, losses.double(), 0.0).sum(0)
+            sum_bytes += n_bytes.sum(0)
+    of_both = torch.stack([sum_nats, sum_bytes])  # (2, seq_len)
+    sums = [part.sum(1) for part in (of_both, *of_both.tensor_split(3, dim=1))]
+    return [(nats / (math.log(2) * n_bytes)).item() for nats, n_bytes in sums]
 
 
 # --------------------------------------------------------------------------------------------------

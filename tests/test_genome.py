@@ -193,7 +193,7 @@ def test_random_genomes_train_and_do_not_leak(seed):
 
 def test_every_operator_is_drawn_and_acts():
     rng, start, drawn = random.Random(0), one("linear"), set()
-    for name, (change, _) in g.MUTATIONS.items():
+    for name, (change, *_) in g.MUTATIONS.items():
         assert any(change(parent, rng).key != parent.key for parent in lineage(1, 20)), name
     for _ in range(2000):
         drawn |= set(g.mutate(start, rng, 0.3).operator.split("+"))

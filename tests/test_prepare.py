@@ -1058,7 +1058,7 @@ STREAM = torch.tensor([4, 0, 1, 4, 2, 3, 3, 4, 1, 0, 2, 2, 4, 1]).short()  # 13 
 
 
 def score(token_losses, stream=STREAM, rows=3, **options) -> float:
-    return prepare.bits_per_byte(token_losses, stream, BYTES, seq_len=3, rows=rows, **options)
+    return prepare.bits_per_byte(token_losses, stream, BYTES, seq_len=3, rows=rows, **options)[0]
 
 
 def test_bits_per_byte_by_hand():
@@ -1073,6 +1073,20 @@ def test_bits_per_byte_by_hand():
     # every other of the four windows: targets 0 1 BOS, BOS 1 0
     expected = (40 + 1 + 41 + 10) / math.log(2) / (1 + 2 + 2 + 1)
     assert score(nats, max_tokens=8) == score(nats, max_tokens=6) == pytest.approx(expected, rel=1e-12)
+
+
+def test_thirds_of_the_window_by_hand():
+    def nats(idx, targets):
+        return (10 * idx + targets).float()
+
+    whole, *thirds = prepare.bits_per_byte(nats, STREAM, BYTES, seq_len=3, rows=3)
+    pairs = list(zip(STREAM[:12].tolist(), STREAM[1:13].tolist(), strict=True))
+    sums = [[(10 * a + b, BYTES[b].item()) for a, b in pairs[place::3] if b != 4] for place in range(3)]
+    by_hand = [sum(n for n, _ in part) / math.log(2) / sum(b for _, b in part) for part in sums]
+    assert thirds == pytest.approx(by_hand, rel=1e-12) and len(set(thirds)) == 3
+    assert whole == score(nats)
+    short = prepare.bits_per_byte(lambda idx, targets: torch.ones(idx.shape), STREAM, BYTES, seq_len=2, rows=1)
+    assert len(short) == 4 and math.isnan(short[3]), "a window of two tokens has no last third"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 3), (9,), (3, 3, 1), ()])
@@ -1105,7 +1119,7 @@ def test_uniform_model_scores_what_is_computed(data_dir):
     for max_tokens in (None, 777):
         options = {"seq_len": 32, "max_tokens": max_tokens}
         expected = uniform_bpb(data.val, data.token_bytes, data.vocab_size, **options)
-        scored = prepare.bits_per_byte(uniform, moved.val, moved.token_bytes, rows=7, **options)
+        scored, *_ = prepare.bits_per_byte(uniform, moved.val, moved.token_bytes, rows=7, **options)
         assert scored == pytest.approx(expected, rel=1e-6)
     n_all = (len(data.val) - 1) // 32
     firsts = [i * n_all // 24 * 32 for i in range(24)]  # 777 tokens fill 24 windows, spread over all of them
