@@ -1708,17 +1708,17 @@ def lineages(known: list[Candidate], settings: Settings) -> Draw:
     return tournament(kept)
 
 
-def near_best(known: list[Candidate]) -> list[Candidate]:
-    return [c for c in known if c.mean <= known[0].mean + MARGIN]
+def near_best(known: list[Candidate], settings: Settings) -> list[Candidate]:
+    return [c for i, c in enumerate(known) if c.mean <= known[0].mean + MARGIN or i < settings.survivors]
 
 
 def novelty(known: list[Candidate], settings: Settings) -> Draw:
     """A tournament by the mean distance to the most similar others (Lehman & Stanley 2011)."""
-    far = {}
-    for c in near_best(known):
+    far, pool = {}, near_best(known, settings)
+    for c in pool:
         away = sorted(gene_distance(c.genome, other.genome) for other in known if other is not c)
         far[c.id] = statistics.fmean(away[:NEIGHBOURS] or [0.0])
-    return tournament(near_best(known), rank=lambda c: -far[c.id])
+    return tournament(pool, rank=lambda c: -far[c.id])
 
 
 def gene_distance(a: Genome, b: Genome) -> float:
@@ -1767,7 +1767,7 @@ def objectives(c: Candidate) -> tuple[float, ...]:
 
 def pareto(known: list[Candidate], settings: Settings) -> Draw:
     """Of two the one in the better front, or the less crowded (Deb et al. 2002, NSGA-II)."""
-    pool = near_best(known)
+    pool = near_best(known, settings)
     points = [objectives(c) for c in pool]
     front = fronts(points)
     rank = list(zip(front, (-apart for apart in crowding(points, front)), strict=True))

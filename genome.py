@@ -227,6 +227,15 @@ class NgramTable(nn.Module):
         return y * ((h >> 20 & 2) - 1).to(y.dtype)[..., None] if self.signs else y
 
 
+@functools.cache
+def rotary_table(channels: int, base: int):
+    """Cosines and sines of the angles, each (MAX_SEQ_LEN, channels / 2); on the CPU, and made once."""
+    with torch.device("cpu"):
+        speed = base ** (-torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+        angle = torch.arange(MAX_SEQ_LEN, dtype=torch.float32)[:, None] * speed
+        return angle.cos(), angle.sin()
+
+
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021) of (B, H, T, D), D even, T <= MAX_SEQ_LEN, from a table.
 
@@ -236,10 +245,9 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, base: int = 10_000, share: float = 1.0):
         super().__init__()
         self.turned = max(2, int(head_dim * share) // 2 * 2)
-        speed = base ** (-torch.arange(0, self.turned, 2, dtype=torch.float32) / self.turned)
-        angle = torch.arange(MAX_SEQ_LEN, dtype=torch.float32)[:, None] * speed
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (MAX_SEQ_LEN, D / 2)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        cos, sin = rotary_table(self.turned, base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x):
         T = x.size(-2)

@@ -786,11 +786,11 @@ def test_a_trained_row_is_a_row_of_that_table(data, tmp_path):
 
 
 def test_a_run_that_is_left_out_of_the_picture_is_named_with_the_reason(tmp_path, capsys):
-    run = {"strategy": "evolution", "seed": 0, "device": "NVIDIA H100", "torch": "2.11.0", "code": "abc"}
+    run = {"strategy": "elites", "seed": 0, "device": "NVIDIA H100", "torch": "2.11.0", "code": "abc"}
     others = {
         "a card": (run | {"device": "NVIDIA T4"}, ["DEVICE (NVIDIA T4, here NVIDIA H100)"]),
         "b torch": (run | {"torch": "2.10.0"}, ["TORCH (2.10.0, here 2.11.0)"]),
-        "c both": (run | {"seed": 1, "strategy": "drift"}, ["SEED (1, here 0)", "STRATEGY (drift, here evolution)"]),
+        "c both": (run | {"seed": 1, "strategy": "drift"}, ["SEED (1, here 0)", "STRATEGY (drift, here elites)"]),
         "d seed and card": (run | {"seed": 1, "device": "cpu"}, ["SEED (1, here 0)", "DEVICE (cpu, here NVIDIA H100)"]),
         "e older": ({k: v for k, v in run.items() if k != "torch"}, ["TORCH (None, here 2.11.0)"]),
         "f newer": (run | {"mood": "good"}, ["MOOD (good, here None)"]),

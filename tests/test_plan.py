@@ -27,6 +27,7 @@ SMALL = dict(
     population_size=4,
     survivors=2,
     repeats=2,
+    prescreen=1,
     immigrants=1,
     max_generations=3,
     baseline_trials=6,
