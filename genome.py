@@ -65,9 +65,9 @@ ACTIVATIONS = {
 WIRING = {  # what every gene has beside its op's own traits
     "activation": tuple(ACTIVATIONS),
     "repeat": (1, 2, 3),  # the op applied this often with the same weights
-    # With skip, a learned gain on the branch: for each channel (Touvron et al. 2021, LayerScale), from 1, RESIDUAL_INIT
-    # (small) or 0 on; or for each token, computed from the stream (after Raposo et al. 2024, mixture of depths).
-    "scale": ("none", "channel", "small", "zero", "token"),
+    # With skip, a learned gain on each channel of the branch (Touvron et al. 2021, LayerScale), that starts at 1, at
+    # RESIDUAL_INIT (small) or at 0.
+    "scale": ("none", "channel", "small", "zero"),
     "stride": (1, 2, 4),  # the op works on the means of so many tokens (Nawrot et al. 2021, Hourglass)
 }
 SCALE_START = {"channel": 1.0, "small": RESIDUAL_INIT, "zero": 0.0}
@@ -202,13 +202,12 @@ class NgramTable(nn.Module):
     """A learned row for the last n tokens: ids (B, T) int64 -> (B, T, width), of root mean square 1.
 
     n = 1 has a row for each token. Longer ones share `slots` rows by a hash that does not depend on the vocabulary.
-    Hashed n-grams in language models: Svenstrup et al. 2017; Engram, DeepSeek 2026. signs: each n-gram has one of its
-    own, so that those that share a row tell apart on average (Chen et al. 2015).
+    Hashed n-grams in language models: Svenstrup et al. 2017; Engram, DeepSeek 2026.
     """
 
-    def __init__(self, n: int, slots: int, width: int, frame: Frame, signs: bool = False):
+    def __init__(self, n: int, slots: int, width: int, frame: Frame):
         super().__init__()
-        self.n, self.slots, self.signs, self.dtype = n, slots, signs, frame.dtype
+        self.n, self.slots, self.dtype = n, slots, frame.dtype
         self.table = nn.Parameter(torch.randn(frame.vocab_size if n == 1 else slots, width))
 
     def hash(self, ids):
@@ -221,10 +220,8 @@ class NgramTable(nn.Module):
         return h
 
     def forward(self, ids):
-        h = ids if self.n == 1 else self.hash(ids)
-        row = ids if self.n == 1 else h & (self.slots - 1)
-        y = rms_norm(F.embedding(row, self.table).to(self.dtype))
-        return y * ((h >> 20 & 2) - 1).to(y.dtype)[..., None] if self.signs else y
+        row = ids if self.n == 1 else self.hash(ids) & (self.slots - 1)
+        return rms_norm(F.embedding(row, self.table).to(self.dtype))
 
 
 @functools.cache
@@ -294,20 +291,14 @@ class Conv1d(Op, name="conv1d", mixes_tokens=True):
 
 
 class Shift(Op, name="shift", mixes_tokens=True, keeps_width=True):
-    """Mix with the token before: each channel by a share of its own (token shift; Peng et al. 2023, RWKV), or all by
-    one that is computed from the token (smear gate; modded-nanogpt 2025)."""
+    """Mix each channel with its value at the token before, by a learned share (token shift; Peng et al. 2023, RWKV)."""
 
-    traits = {"mix": ("channel", "token")}
-
-    def __init__(self, d_in, d_out, mix):
+    def __init__(self, d_in, d_out):
         super().__init__()
-        self.by_token = mix == "token"
-        self.mix = nn.Parameter(torch.zeros(1, d_in) if self.by_token else torch.full((d_in,), 0.5))
+        self.mix = nn.Parameter(torch.full((d_in,), 0.5))
 
     def forward(self, x):
-        mix = self.mix.to(x.dtype)
-        share = torch.sigmoid(F.linear(x, mix)) if self.by_token else mix
-        return x + share * (delay(x, 1) - x)
+        return x + self.mix.to(x.dtype) * (delay(x, 1) - x)
 
 
 class Ngram(Op, name="ngram", mixes_tokens=True):
@@ -317,11 +308,11 @@ class Ngram(Op, name="ngram", mixes_tokens=True):
     A table narrower than the stream is an ngram of that width with a `linear` behind it.
     """
 
-    traits = {"n": (2, 1, 3), "slots": (8_192, 4_096, 16_384, 32_768), "gated": (True, False), "signs": (False, True)}
+    traits = {"n": (2, 1, 3), "slots": (8_192, 4_096, 16_384, 32_768), "gated": (True, False)}
 
     @staticmethod
     def settle(traits):
-        return {**traits, "slots": 8_192, "signs": False} if traits["n"] == 1 else traits
+        return {**traits, "slots": 8_192} if traits["n"] == 1 else traits
 
     @staticmethod
     def reads(traits):
@@ -331,9 +322,9 @@ class Ngram(Op, name="ngram", mixes_tokens=True):
     def without_table(traits):
         return None
 
-    def __init__(self, d_in, d_out, frame, n, slots, gated, signs):
+    def __init__(self, d_in, d_out, frame, n, slots, gated):
         super().__init__()
-        self.ngrams = NgramTable(n, slots, d_out, frame, signs)
+        self.ngrams = NgramTable(n, slots, d_out, frame)
         self.match = Linear(d_in, d_out) if gated else None
 
     def forward(self, *inputs):
@@ -374,8 +365,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
     kv_heads: each query head its own keys and values, pairs of heads sharing them (Ainslie et al. 2023, GQA), or one
         for all (Shazeer 2019, MQA).
     position: rotary, ALiBi (Press et al. 2022) or none; rope_base and rope_share: see Rotary.
-    window: 0 for all, else so many tokens: the last ones, or (pattern) every fourth of the last ones, or the last ones
-        and the first of all (Child et al. 2019; Beltagy et al. 2020, Longformer).
+    window: 0 for all, else so many tokens, the last ones (Beltagy et al. 2020, Longformer).
     similarity: dot, cosine (times 10; Henry et al. 2020), additive (Bahdanau et al. 2015, 8 hidden units a head), or
         multiplicative (Luong et al. 2015, a matrix between query and key).
     normalisation: softmax, sparsemax (Martins & Astudillo 2016), relu divided by the number of keys (Wortsman et al.
@@ -396,10 +386,9 @@ class Attention(Op, name="attention", mixes_tokens=True):
         "heads": (2, 1, 4, 8),
         "kv_heads": ("all", "half", "one"),
         "position": ("rope", "none", "alibi"),
-        "rope_base": (10_000, 1_000, 100_000),
+        "rope_base": (10_000, 100_000),
         "rope_share": (1.0, 0.5, 0.25),
-        "window": (0, 64, 256),
-        "pattern": ("near", "dilated", "global"),
+        "window": (0, 64),
         "similarity": ("dot", "cosine", "additive", "multiplicative"),
         "normalisation": ("softmax", "sparsemax", "relu", "sigmoid"),
         "temperature": ("fixed", "learned", "adaptive"),
@@ -411,9 +400,9 @@ class Attention(Op, name="attention", mixes_tokens=True):
         "values": ("plain", "token", "bigram", "embedding"),
         "exclusive": (False, True),
     }
+    # What costs more than it gains (tests/bench.py worth): a window of 256 is slower than none.
+    retired = {"window": (256,), "rope_base": (1_000,)}
     HIDDEN = 8  # units of the additive similarity
-    DILATION = 4  # of a dilated window
-    GLOBAL = 16  # first tokens that every query sees, with a global pattern
     tuned = True  # or four heads take 19 % longer than they need (0.889 ms against 0.745 at width 256, one H200)
 
     @staticmethod
@@ -425,8 +414,6 @@ class Attention(Op, name="attention", mixes_tokens=True):
             traits["heads"] = 4  # or it would be the same as one
         if traits["position"] != "rope":
             traits.update(rope_base=10_000, rope_share=1.0)
-        if traits["pattern"] != "near" and not traits["window"]:
-            traits["window"] = 64  # a pattern is one of a window
         if traits["similarity"] == "cosine":
             traits["qk_norm"] = False  # cosine normalises them itself
         return traits
@@ -563,37 +550,29 @@ class Attention(Op, name="attention", mixes_tokens=True):
     def in_window(self, q, k, v, sharpness):
         """As in_full, but each query sees a window. Tokens are cut into blocks as long as that, and the queries of one
         see its own keys and those of the block before: T * 2 * window scores in place of T * T."""
-        B, H, T, D = q.shape
-        W, step = self.window, self.DILATION if self.pattern == "dilated" else 1
+        B, H, T, W = *q.shape[:3], self.window
         k, v = (t.repeat_interleave(H // self.kv, dim=1) for t in (k, v))
-        learned = [t.repeat_interleave(H // self.kv, dim=1) for t in self.learned(q)]
-        first = [t[:, :, : self.GLOBAL] for t in (k, v)] if self.pattern == "global" else []
-        seen_by_all = [torch.cat(pair, dim=2) for pair in zip(*filter(None, (learned, first)), strict=True)]
 
         def blocks(t):
-            """(B, H, T, D) -> (B, H, step, N, W, D): every step-th token is in one block."""
-            return F.pad(t, (0, 0, 0, -T % (W * step))).view(B, H, -1, W, step, t.size(-1)).permute(0, 1, 4, 2, 3, 5)
+            """(B, H, T, D) -> (B, H, N, W, D)."""
+            return F.pad(t, (0, 0, 0, -T % W)).view(B, H, -1, W, t.size(-1))
 
         def with_before(t):
-            return torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :, :-1], t], dim=4)  # (B, H, step, N, 2 * W, D)
+            return torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], dim=3)  # (B, H, N, 2 * W, D)
 
-        q, k, v = blocks(q), with_before(blocks(k)), with_before(blocks(v))
-        N, place = q.size(3), torch.arange(2 * W, device=q.device)
+        k, v = with_before(blocks(k)), with_before(blocks(v))
+        N, place = k.size(2), torch.arange(2 * W, device=q.device)
         block, back = torch.arange(N, device=q.device)[:, None, None], W + place[:W, None] - place
         missing = (block == 0) & (place < W)  # before the first block
-        hidden, back = (back < 0) | (back >= W) | missing, back.expand(N, -1, -1) * step
-        if first:
-            away = W * block + place[:W, None] - torch.arange(first[0].size(2), device=q.device)
-            back, hidden = torch.cat([away, back], dim=-1), torch.cat([away < W, hidden], dim=-1)
-        back, hidden = F.pad(back, (self.memory, 0)), F.pad(hidden, (self.memory, 0))
-        if seen_by_all:
+        hidden = (back < 0) | (back >= W) | missing
+        back, hidden = (F.pad(t, (self.memory, 0)) for t in (back.expand(N, -1, -1), hidden))
+        if self.memory:
+            learned = (t.repeat_interleave(H // self.kv, dim=1)[:, :, None] for t in self.learned(q))
             k, v = (
-                torch.cat([t[:, :, None, None].expand(-1, -1, step, N, -1, -1), near], dim=4)
-                for t, near in zip(seen_by_all, (k, v), strict=True)
+                torch.cat([t.expand(-1, -1, N, -1, -1), near], dim=3) for t, near in zip(learned, (k, v), strict=True)
             )
         sharpness = sharpness if sharpness is None else blocks(sharpness.expand(B, -1, T, -1))
-        y = self.weigh(q, k, v, sharpness, back, hidden)
-        return y.permute(0, 1, 3, 4, 2, 5).reshape(B, H, -1, D)[:, :, :T]
+        return self.weigh(blocks(q), k, v, sharpness, back, hidden).flatten(2, 3)[:, :, :T]
 
     def weigh(self, q, k, v, sharpness, back, hidden):
         """Weigh (B, H, ..., S, D) values by the similarity of (B, H, ..., T, D) queries and (B, H, ..., S, D) keys.
@@ -627,8 +606,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
         if self.position == "alibi":
             slope = 2.0 ** (-8 * torch.arange(1, self.heads + 1, device=back.device) / self.heads)
             bias = -slope.view(-1, *[1] * back.dim()) * back
-        bias = bias.masked_fill(hidden, -math.inf)
-        return bias if back.dim() == 2 else bias.unsqueeze(1)  # by blocks: the same at each step of a dilated window
+        return bias.masked_fill(hidden, -math.inf)
 
 
 class Bilinear(nn.Module):
@@ -683,59 +661,12 @@ def linear_attention(q, k, v, log_decay):
     return (inside + before).flatten(2, 3)[:, :, :T]
 
 
-def unit_lower_inverse(a, dtype: torch.dtype):
-    """(1 + a)^-1 of strictly lower triangular matrices (..., C, C), C a power of 2, by halves: stable, unlike a series.
-
-    That is done in `dtype`. A Newton step at the end, which alone has a gradient, carries the exact one and squares the
-    error.
-    """
-    C = a.size(-1)
-    place, one = torch.arange(C, device=a.device), torch.eye(C, device=a.device, dtype=a.dtype)
-    with torch.no_grad():
-        x, below, size = one.to(dtype).expand_as(a), a.to(dtype), 1
-        while size < C:  # blocks of that size on the diagonal are inverse; join them by twos
-            block = place // size
-            joins = (block[:, None] == block + 1) & (block[:, None] % 2 == 1)
-            x, size = x - x @ (below * joins) @ x, 2 * size
-        x = x.to(a.dtype)
-    return x @ (2 * one - (one + a) @ x)
-
-
-def delta_rule(q, k, v, log_decay, rate):
-    """As linear_attention, but each token first takes away what its key reads, as far as rate goes:
-
-    S_t = (1 - rate_t k_t k_t') diag(exp(log_decay_t)) S_(t-1) + rate_t k_t v_t', keys of length 1 (Yang et al. 2024,
-    DeltaNet; 2025, Gated DeltaNet). rate: (B, H, T, 1) in [0, 1]. A chunk maps the state before it to the one after
-    it by a matrix and a sum.
-    """
-    T, precise = q.size(2), log_decay.dtype
-    q, k, v, g, rate = chunks(q), chunks(k), chunks(v), chunks(log_decay), chunks(rate)
-    since = g.cumsum(3)
-    total = since[:, :, :, -1:]
-    from_middle = since + HALFWAY
-    k_from, k_to = k * from_middle.exp().to(k.dtype), k * (-from_middle).exp().to(k.dtype)
-    rate_k = (rate * k) * since.exp().to(k.dtype)
-    reads = (rate * k_from) @ k_to.transpose(-1, -2)  # (B, H, N, CHUNK, CHUNK): what a key reads of earlier ones
-    solve = unit_lower_inverse(reads.to(precise).tril(-1), k.dtype).to(k.dtype)
-    new, old = solve @ (rate * v), solve @ rate_k  # what is written is new - old @ state
-    to_end = (k * (total - since).exp().to(k.dtype)).transpose(-1, -2)
-    step, added = torch.diag_embed(total.squeeze(3).exp()) - (to_end @ old).to(precise), (to_end @ new).to(precise)
-    states = [torch.zeros_like(added[:, :, 0])]  # before each chunk
-    for n in range(q.size(2) - 1):
-        states.append(added[:, :, n] + step[:, :, n] @ states[-1])
-    state = torch.stack(states, dim=2).to(v.dtype)
-    inside = ((q * from_middle.exp().to(q.dtype)) @ k_to.transpose(-1, -2)).tril() @ (new - old @ state)
-    return (inside + (q * since.exp().to(q.dtype)) @ state).flatten(2, 3)[:, :, :T]
-
-
 class Retention(Op, name="retention", mixes_tokens=True):
     """A linear-time mixer, by chunks.
 
-    Linear attention (Katharopoulos et al. 2020), RetNet (Sun et al. 2023), GLA (Yang et al. 2024) and Gated DeltaNet
-    (Yang et al. 2025) are its corners. decay: none, fixed for each head as in RetNet, learned for each head, or
-    computed for each key channel from the token (data). write: add to the state, or correct what the key reads there
-    (delta, by a rate computed for each head). What comes out of each head is RMS-normed, and with gating multiplied by
-    silu of a matrix of x.
+    Linear attention (Katharopoulos et al. 2020), RetNet (Sun et al. 2023) and GLA (Yang et al. 2024) are its corners.
+    decay: none, fixed for each head as in RetNet, learned for each head, or computed for each key channel from the
+    token (data). What comes out of each head is RMS-normed, and with gating multiplied by silu of a matrix of x.
     """
 
     traits = {
@@ -743,13 +674,11 @@ class Retention(Op, name="retention", mixes_tokens=True):
         "decay": ("fixed", "none", "learned", "data"),
         "position": ("rope", "none"),
         "gating": ("output", "none"),
-        "write": ("add", "delta"),
     }
 
-    def __init__(self, d_in, d_out, heads, decay, position, gating, write):
+    def __init__(self, d_in, d_out, heads, decay, position, gating):
         super().__init__()
         self.heads, self.decay, self.position, self.gating = heads, decay, position, gating
-        self.rate = Linear(d_in, heads) if write == "delta" else None
         self.q, self.k, self.v = Linear(d_in, d_out), Linear(d_in, d_out), Linear(d_in, d_out)
         self.out = Linear(d_out, d_out)
         if position == "rope":
@@ -782,11 +711,7 @@ class Retention(Op, name="retention", mixes_tokens=True):
         q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in fused_linear(x, self.q, self.k, self.v))
         if self.position == "rope":
             q, k = self.rotary(q), self.rotary(k)
-        if self.rate is None:
-            y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
-        else:
-            rate = torch.sigmoid(self.rate(x)).transpose(1, 2).unsqueeze(-1)
-            y = delta_rule(q, F.normalize(k, dim=-1, eps=1e-3), v, self.log_decay(x), rate)
+        y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
         y = rms_norm(y).transpose(1, 2).reshape(B, T, -1)
         return self.out(y * F.silu(self.gate(x)) if self.gating == "output" else y)
 
@@ -891,7 +816,6 @@ class Identity(Op, name="identity", keeps_width=True):
         return x
 
 
-@torch.compiler.assume_constant_result
 def has_grouped_mm() -> bool:
     """Whether grouped matrix products can be used, which is on Hopper GPUs alone.
 
@@ -899,6 +823,11 @@ def has_grouped_mm() -> bool:
     wrong gradients (https://github.com/pytorch/pytorch/issues/172439).
     """
     return torch.cuda.get_device_capability()[0] == 9
+
+
+# What torch.compiler.assume_constant_result does, which to do it loads the compiler: half of the time that `import
+# genome` took.
+has_grouped_mm._dynamo_marked_constant = True
 
 
 class MoeRouter(Op, name="moe_router"):
@@ -1360,9 +1289,8 @@ class Block(nn.Module):
         self.resize = Linear(d_in, d_out) if gene.repeat > 1 and d_in != d_out else None
         more = {} if gene.reads == ("stream",) else {"frame": frame}
         self.op = owner.op if owner else cls(d_out if gene.repeat > 1 else d_in, d_out, **more, **dict(gene.traits))
-        by_channel = gene.scale in SCALE_START
-        self.gain = nn.Parameter(torch.full((d_out,), SCALE_START[gene.scale])) if by_channel else None
-        self.token_gain = nn.Parameter(torch.zeros(1, d_in or d_skip)) if gene.scale == "token" else None
+        gain = SCALE_START.get(gene.scale)
+        self.gain = None if gain is None else nn.Parameter(torch.full((d_out,), gain))
         self.project = Linear(d_skip, d_out) if d_skip is not None and d_skip != d_out else None
         for last in (getattr(self.op, name, None) for name in ("out", "shared_out")):
             if d_skip is not None and last is not None and not owner:
@@ -1387,8 +1315,6 @@ class Block(nn.Module):
             y = ungroup(y, stride, T)
         if self.gain is not None:
             y = y * self.gain.to(y.dtype)
-        if self.token_gain is not None:  # from 1 on
-            y = y * (2 * torch.sigmoid(F.linear(skip if x is None else x, self.token_gain.to(y.dtype))))
         if skip is not None:
             y = y + (self.project(skip) if self.project is not None else skip)
         return y.contiguous()  # the next gene was compiled for this layout
@@ -1913,17 +1839,6 @@ def change_scale(genome, rng):
     return with_gene(genome, i, gene.change(scale=other(rng, WIRING["scale"], gene.scale)))
 
 
-def change_share(genome, rng):
-    """One gene's weights become those of an earlier one, or its own."""
-    genes = genome.genes
-    pairs = [(i, i - j) for i in range(len(genes)) for j in range(i) if genes[i].dim and genes[i].can_share(genes[j])]
-    pairs += [(i, 0) for i, gene in enumerate(genes) if gene.share]
-    if not pairs:
-        return genome
-    i, share = rng.choice(pairs)
-    return with_gene(genome, i, genes[i].change(share=share))
-
-
 def change_trait(genome, rng):
     """One trait of one op; each trait of each gene is as likely."""
     traits = [(i, name, value) for i, gene in enumerate(genome.genes) for name, value in gene.traits]
@@ -2047,13 +1962,6 @@ def duplicate_run(genome, rng):
     return spliced(genome, at, at, moved(genome, start, stop, to=at))
 
 
-def share_run(genome, rng):
-    """A run of genes once more behind itself, with the same weights (depth recurrence; Dehghani et al. 2019)."""
-    start, stop = random_run(genome, rng)
-    again = [gene.change(share=stop - start) for gene in moved(genome, start, stop, to=stop)]
-    return spliced(genome, stop, stop, again)
-
-
 def remove_run(genome, rng):
     return spliced(genome, *random_run(genome, rng), [])
 
@@ -2073,7 +1981,6 @@ MUTATIONS = {
     "change_repeat": Mutation(change_repeat, 1),
     "change_stride": Mutation(change_stride, 0.5),
     "change_scale": Mutation(change_scale, 1),
-    "change_share": Mutation(change_share, 0.5),
     "change_trait": Mutation(change_trait, 6),
     "change_trait_everywhere": Mutation(change_trait_everywhere, 6),
     "change_training": Mutation(change_training, 1.5),
@@ -2083,7 +1990,6 @@ MUTATIONS = {
     "remove_gene": Mutation(remove_gene, 1.5, growth=-1),
     "swap_runs": Mutation(swap_runs, 1),
     "duplicate_run": Mutation(duplicate_run, 3, growth=1),
-    "share_run": Mutation(share_run, 1, growth=1),
     "remove_run": Mutation(remove_run, 0.5, growth=-1),
 }
 LONG = 12  # genes, from which on what makes a genome longer is drawn less often, and what makes it shorter more often
@@ -2316,8 +2222,7 @@ def choices_in(genome: Genome) -> set[tuple]:
     """What stands in its network: (op,), (op, trait, choice), and (any, trait, choice) of the wiring."""
     genes = [node.gene for node in genome.network]
     found = {(gene.op,) for gene in genes} | {(gene.op, *trait) for gene in genes for trait in gene.traits}
-    found |= {("any", name, getattr(gene, name)) for gene in genes for name in WIRING}
-    return found | {("any", "share", node.owner is not None) for node in genome.network}
+    return found | {("any", name, getattr(gene, name)) for gene in genes for name in WIRING}
 
 
 def print_choices(op: str, share: str, traits: dict[str, tuple], counts: collections.Counter, runs: int):
@@ -2334,7 +2239,7 @@ def main():
     print("Networks out of 300 newcomers' in which each is to be expected without selection; the usual choice first\n")
     for op, cls in OPS.items():
         print_choices(op, f"{counts[op,] / runs:5.0f}", cls.traits, counts, runs)
-    print_choices("any", "", {**WIRING, "share": (False, True)}, counts, runs)
+    print_choices("any", "", WIRING, counts, runs)
     genomes = [genome for family in families for genome in family]
     depth = sum(len(genome.network) for genome in genomes) / len(genomes)
     print(f"\n{len(genomes)} genomes: {depth:.1f} genes in the network")

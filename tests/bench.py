@@ -562,10 +562,12 @@ def additions() -> dict[str, tuple[Genome, Genome]]:
     t4, w = transformer(4, 256, tied=True), dataclasses.replace(the_winner(), tied=True)
     made = {}
     for name, base in {"t4": t4, "w": w}.items():
-        for traits in ({}, {"gated": False}, {"n": 1}, {"n": 3}, {"signs": True}, {"slots": 4096}, {"slots": 16384}):
+        for traits in ({}, {"gated": False}, {"n": 1}, {"n": 3}, {"slots": 4096}, {"slots": 16384}):
             words = " ".join(f"{k} {v}" for k, v in traits.items())
             table = Gene("ngram", 256, skip=1, **traits)
             made[f"{name}: ngram in front, {words or 'as usual'}"] = base, in_front(base, table)
+        table = Gene("ngram", 256, skip=1, gated=False, scale="small")
+        made[f"{name}: ngram in front, gated False, scale small"] = base, in_front(base, table)
         narrow = [Gene("ngram", 64, slots=32768), Gene("linear", 256, skip=2)]
         made[f"{name}: ngram in front, slots 32768, width 64"] = base, in_front(base, *narrow)
         for choice in (2, 3, 4):
@@ -576,19 +578,16 @@ def additions() -> dict[str, tuple[Genome, Genome]]:
     for trait, choices in {"rope_base": (1_000, 100_000), "rope_share": (0.5, 0.25), "window": (64, 256)}.items():
         for choice in choices:
             made[f"t4: {trait} {choice}"] = t4, everywhere(t4, "attention", **{trait: choice})
-    for pattern in ("dilated", "global"):
-        with_it = everywhere(t4, "attention", window=256, pattern=pattern)
-        made[f"t4: window 256 {pattern}"] = t4, with_it
+    made["t4: window 64 in the first attention"] = t4, genomes.with_gene(t4, 1, t4.genes[1].change(window=64))
     made["t4: values embedding in every attention"] = t4, everywhere(t4, "attention", values="embedding")
     for kind in ("relu2", "leaky_relu2"):
         made[f"t4: gate {kind}"] = t4, everywhere(t4, "gate", kind=kind)
         made[f"t4: plain {kind}"] = t4, everywhere(t4, "gate", kind=kind, gated=False)
     made["t4: plain gelu"] = t4, everywhere(t4, "gate", kind="gelu", gated=False)
-    made["w: shift by token"] = w, everywhere(w, "shift", mix="token")
     x0 = genomes.modern(4, 256, tied=True, mlp="swiglu")
     for scale in ("small", "zero"):
         made[f"t4: x0 before each layer, {scale}"] = t4, everywhere(x0, "identity", scale=scale)
-    for scale in ("channel", "small", "zero", "token"):
+    for scale in ("channel", "small", "zero"):
         changed = everywhere(everywhere(t4, "attention", scale=scale), "gate", scale=scale)
         made[f"t4: scale {scale} in every branch"] = t4, changed
     made["t4: stride 2 in every gate"] = t4, everywhere(t4, "gate", stride=2)
@@ -596,8 +595,6 @@ def additions() -> dict[str, tuple[Genome, Genome]]:
     twice = dataclasses.replace(t4, genes=[*t4.genes, *(gene.change(share=16) for gene in t4.genes)])
     made["t4x2: shared weights, against 8 layers"] = transformer(8, 256, tied=True), twice
     made["t4x2: shared weights, against 4 layers"] = t4, twice
-    adds = dataclasses.replace(w, genes=[Gene("retention", 256, skip=g.skip) if g.op == "ssm" else g for g in w.genes])
-    made["w: retention write delta, for ssm"] = adds, everywhere(adds, "retention", write="delta")
     return made
 
 

@@ -70,11 +70,9 @@ NORMALISE = {  # scores of one query -> weights
 }
 
 
-def keys_seen(t, window, pattern="near"):
-    """What the query at t sees: all tokens, or the last `window`, or of every fourth (dilated), or the first 16 too."""
-    step = 4 if pattern == "dilated" else 1
-    seen = [j for j in range(t + 1) if not window or ((t - j) % step == 0 and (t - j) // step < window)]
-    return sorted({*seen, *range(min(t + 1, 16))}) if window and pattern == "global" else seen
+def keys_seen(t, window):
+    """What the query at t sees: all tokens, or the last `window`."""
+    return [j for j in range(t + 1) if not window or t - j < window]
 
 
 def ngram_rows(w, rows):
@@ -83,7 +81,7 @@ def ngram_rows(w, rows):
 
 
 def attention(
-    x, w, heads, kv_heads, qk_norm, position="rope", rope_base=10_000, rope_share=1.0, window=0, pattern="near",
+    x, w, heads, kv_heads, qk_norm, position="rope", rope_base=10_000, rope_share=1.0, window=0,
     similarity="dot", normalisation="softmax", gating="none", exclusive=False, rows=None, embedding=None,
 ):  # fmt: skip
     """Causal self-attention of one sequence (T, C), head by head, query by query.
@@ -105,7 +103,7 @@ def attention(
     gate = torch.sigmoid(x @ w["gate.weight"].T) if gating != "none" else None
     if gating == "input":
         v = v * gate
-    seen_by = [torch.tensor(keys_seen(t, window, pattern)) for t in range(len(x))]
+    seen_by = [torch.tensor(keys_seen(t, window)) for t in range(len(x))]
     out = []
     for h in range(heads):
         kv = h * kv_heads // heads
@@ -158,25 +156,11 @@ def linear_recurrence(q, k, v, decay):
     return torch.stack(out)
 
 
-def delta_recurrence(q, k, v, decay, rate):
-    """As linear_recurrence, but what the key reads of the decayed state moves towards v by rate (T,), instead of by 1:
-
-    S_t = S + rate_t k_t (v_t - k_t' S)' with S = diag(decay_t) S_(t-1) (Yang et al. 2025, Gated DeltaNet).
-    """
-    state, out = torch.zeros(k.size(1), v.size(1), dtype=k.dtype), []
-    for t in range(len(q)):
-        state = decay[t][:, None] * state
-        state = state + rate[t] * torch.outer(k[t], v[t] - k[t] @ state)
-        out.append(q[t] @ state)
-    return torch.stack(out)
-
-
 def retention(x, w, heads, decay="fixed", position="rope"):
     """Gated multi-scale retention (Sun et al. 2023, recurrent form, equation 6) of one sequence (T, C).
 
     decay: 1 - 2^(-5 - h) for head h (fixed), 1 (none), exp(-softplus) of a learned number, or for each channel the
-    sixteenth root of a sigmoid of x (data; Yang et al. 2024). Where w has a rate, the delta rule writes, with keys of
-    length 1.
+    sixteenth root of a sigmoid of x (data; Yang et al. 2024).
     """
     q, k, v = (x @ w[f"{name}.weight"].T for name in "qkv")
     D = q.size(-1) // heads
@@ -190,12 +174,7 @@ def retention(x, w, heads, decay="fixed", position="rope"):
             kept = torch.full_like(qh, 1 / (1 + w["decay_logit"][h].exp().item()))
         else:
             kept = torch.full_like(qh, 1 - 2.0 ** (-5 - h) if decay == "fixed" else 1.0)
-        if "rate.weight" in w:
-            rate = torch.sigmoid(x @ w["rate.weight"][h])
-            y = delta_recurrence(qh, kh / kh.norm(dim=1, keepdim=True), vh, kept, rate)
-        else:
-            y = linear_recurrence(qh, kh / math.sqrt(D), vh, kept)
-        out.append(rms_norm(y))
+        out.append(rms_norm(linear_recurrence(qh, kh / math.sqrt(D), vh, kept)))
     y = torch.cat(out, dim=-1)
     return (y * silu(x @ w["gate.weight"].T) if "gate.weight" in w else y) @ w["out.weight"].T
 
@@ -257,18 +236,17 @@ def swiglu(x, w):
 
 
 def shift(x, w):
-    """Each token mixed with the one before, by a share for each channel, or one for each token: (T, C)."""
+    """Each token mixed with the one before, by a share for each channel: (T, C)."""
     out = torch.zeros_like(x)
     for t in range(len(x)):
         before = x[t - 1] if t else torch.zeros_like(x[t])
-        share = w["mix"] if w["mix"].dim() == 1 else torch.sigmoid(w["mix"][0] @ x[t])
-        out[t] = (1 - share) * x[t] + share * before
+        out[t] = (1 - w["mix"]) * x[t] + w["mix"] * before
     return out
 
 
-def ngram(x, w, rows, signs):
-    """A row of a table for each token, times its sign; gated by its match with a matrix of the stream (Engram)."""
-    y = ngram_rows(w["ngrams.table"], rows) * signs[:, None]
+def ngram(x, w, rows):
+    """A row of a table for each token; gated by its match with a matrix of the stream (Engram)."""
+    y = ngram_rows(w["ngrams.table"], rows)
     if "match.weight" in w:
         match = (rms_norm(x @ w["match.weight"].T) * y).sum(1) / math.sqrt(y.size(1))
         y = y * torch.sigmoid(match)[:, None]
@@ -303,10 +281,8 @@ def wired(op, x, skip, w, activation="none", repeat=1, scale="none", stride=1):
     for _ in range(repeat):
         y = ACTIVATIONS[activation](op(y))
     y = ungrouped(y, stride, len(x))
-    if scale in ("channel", "small", "zero"):
+    if scale != "none":
         y = y * w["gain"]
-    if scale == "token":
-        y = y * 2 / (1 + (-x @ w["token_gain"][0]).exp())[:, None]
     if skip is not None:
         y = y + (skip @ w["project.weight"].T if "project.weight" in w else skip)
     return y

@@ -281,7 +281,7 @@ class PlainOptimizer:
 EVERY_SHAPE = Genome(  # tall, wide and square matrices, stacks of them, vectors, tables, matrices that are not Muon's
     (
         Gene("ngram", 192, slots=4096, gated=False),
-        Gene("linear", 64, skip=2, scale="token"),
+        Gene("linear", 64, skip=2, scale="small"),
         Gene("norm", kind="layer"),
         Gene("attention", 128, similarity="multiplicative", temperature="adaptive", memory=4, scale=True),
         Gene("conv1d", 128, kind="dense", kernel=3),
@@ -299,7 +299,7 @@ ALL_KINDS = Genome(  # weights that are shared, a table's among them, strides, g
         Gene("ngram", 64, slots=4096, gated=False),
         Gene("linear", 128, skip=2),
         Gene("norm"),
-        Gene("attention", 128, skip=2, values="token", conv=2, scale="token"),
+        Gene("attention", 128, skip=2, values="token", conv=2, scale="small"),
         Gene("norm"),
         Gene("gate", 128, skip=2, stride=4, expansion=1),
         Gene("norm"),
