@@ -87,7 +87,7 @@ IMMIGRANTS: CountOr0 = 1  # random genomes among the newcomers of a generation
 PRESCREEN: Count = 50  # children bred for each that is trained, the one that a draw of what the record says likes best
 HURDLE: ShareAbove0 = 0.25  # best share of newcomers that train on after half their budget; 1: no hurdle
 HURDLE_SAMPLE: Share = 0.1  # share of newcomers that train on all the same, to see what the hurdle costs
-BASELINE_TRIALS: Count = 20  # evaluations that tune each family of designs by people, before the search
+BASELINE_TRIALS: CountOr0 = 20  # evaluations that tune each family of designs by people first; 0: no baselines
 MAX_GENERATIONS: CountOr0 = 25  # generations until the final; raise it to go on
 STRATEGY: Strategy = "elites"  # who breeds: see SELECTION; controls are random (nobody) and drift (anybody)
 SEED: Seed = 0  # of everything that is random
@@ -99,7 +99,7 @@ BATCH_TOKENS: Count = 32_768  # tokens per optimizer step
 SEQ_LEN: Count = 2_048  # tokens that a model sees at once
 EVAL_TOKENS: Count = 1_048_576  # tokens of val, and of test, that are scored
 # The final
-FINALISTS: Count = 3  # best genomes of the search in it, beside the best design of each family
+FINALISTS: CountOr0 = 3  # best genomes of the search in it, beside the best design of each family; 0: no final
 FINAL_SEEDS: Several = 5  # times that each is trained again
 LONG_FACTOR: Above1 = 4.0  # times the budget, in the second step, where designs may grow
 LONG_SEEDS: SeveralOr0 = 3  # times that each is trained in the second step; 0: no second step
@@ -1663,7 +1663,7 @@ def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> l
         seed = settings.seed * SEEDS + k
         return Task("baseline", id, genome, seed, seed)
 
-    levels = {name: genome for name, genome in LEVELS.items() if not family_of(name)}
+    levels = {name: genome for name, genome in LEVELS.items() if not family_of(name) and settings.baseline_trials}
     others = [task(name, genome) for name, genome in levels.items() if is_small(genome, settings, vocab_size)]
     designs = [design for family in FAMILIES for design in tuned(family, rows, settings, vocab_size)[1]]
     if tasks := missing([*(task(d.id, d.genome) for d in designs), *others], rows):
@@ -1677,7 +1677,7 @@ def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> l
 # counts all the same (see Belief).
 
 Draw = Callable[[random.Random], Candidate]
-TOURNAMENT = 5  # genomes that are drawn, of which the best becomes a parent
+TOURNAMENT = 5  # genomes that are drawn, half of all at most, of which the best becomes a parent
 AGE = 60  # newcomers, after so many a genome no longer breeds by `aging`
 PROTECTED = 2  # the best, which breed all the same
 NEIGHBOURS = 10  # the most similar genomes, from which `novelty` measures how far one is
@@ -1687,7 +1687,8 @@ MARGIN = 0.05  # bits per byte behind the best, within which `novelty` and `pare
 
 def tournament(pool: list[Candidate], rank: Callable[[Candidate], float] = lambda c: c.mean) -> Draw:
     """The first by rank of some that are drawn (Goldberg & Deb 1991)."""
-    return lambda rng: min(rng.sample(pool, min(TOURNAMENT, len(pool))), key=rank)
+    size = min(TOURNAMENT, (len(pool) + 1) // 2)
+    return lambda rng: min(rng.sample(pool, size), key=rank)
 
 
 def elites(known: list[Candidate], settings: Settings) -> Draw:

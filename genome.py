@@ -708,12 +708,13 @@ class Retention(Op, name="retention", mixes_tokens=True):
 
     def forward(self, x):
         B, T, _ = x.shape
-        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in fused_linear(x, self.q, self.k, self.v))
+        q, k, v, *gate = fused_linear(x, self.q, self.k, self.v, *([self.gate] if self.gating == "output" else []))
+        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in (q, k, v))
         if self.position == "rope":
             q, k = self.rotary(q), self.rotary(k)
         y = linear_attention(q, k / math.sqrt(k.size(-1)), v, self.log_decay(x))
         y = rms_norm(y).transpose(1, 2).reshape(B, T, -1)
-        return self.out(y * F.silu(self.gate(x)) if self.gating == "output" else y)
+        return self.out(y * F.silu(*gate) if gate else y)
 
 
 class Ssm(Op, name="ssm", mixes_tokens=True):
@@ -736,7 +737,7 @@ class Ssm(Op, name="ssm", mixes_tokens=True):
 
     def forward(self, x):
         T = x.size(1)
-        u, forget = fused_linear(x, self.u, self.forget)
+        u, forget, *gate = fused_linear(x, self.u, self.forget, *([self.gate] if self.gating == "output" else []))
         log_a = -F.softplus(forget.float() + self.forget_bias).clamp(max=-MIN_LOG_DECAY)
         g, u = (chunks(t.unsqueeze(1)) for t in (log_a, -torch.expm1(log_a) * u.float()))  # (B, 1, N, CHUNK, C)
         since = g.cumsum(3)
@@ -745,7 +746,7 @@ class Ssm(Op, name="ssm", mixes_tokens=True):
         added = inside[:, :, :, -1, :, None]  # (B, 1, N, C, 1) the state that each chunk leaves
         before = carry_over(added, since[:, :, :, -1]).squeeze(-1).unsqueeze(3)
         h = (inside + since.exp() * before).flatten(1, 3)[:, :T].to(x.dtype)
-        return self.out(h * F.silu(self.gate(x)) if self.gating == "output" else h)
+        return self.out(h * F.silu(*gate) if gate else h)
 
 
 class Gru(Op, name="gru", mixes_tokens=True):

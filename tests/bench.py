@@ -15,12 +15,15 @@ parts    best_genome.json without one of its parts at a time, 10 s, three seeds 
 hurdle   children of best_genome.json to their end, by kind: how each tenth of the loss curve ranks them, and whom the
          hurdle would stop wrongly
 fidelity a dozen unlike genomes at a quarter, a half, one and two times the budget: how one budget ranks for another
+inherit  children of best_genome.json that begin with its weights and train for a third of the budget: does that rank
+         them better than from scratch?
 worth    what each choice of the search space adds to a transformer or to best_genome.json, 10 s, three seeds each
 """
 
 import argparse
 import collections
 import dataclasses
+import difflib
 import gc
 import itertools
 import math
@@ -539,6 +542,51 @@ def fidelity(data, settings, budgets=(0.25, 0.5, 1.0, 2.0)):
               + f"     {with_interval(half, scores[a])}", flush=True)  # fmt: skip
 
 
+def take_over(model: genomes.Model, parent: genomes.Model) -> int:
+    """Copy the weights of every gene that both networks have, in the same order and of equal shapes; how many genes."""
+    lines = [[(n.gene.bare, n.d_in, n.d_skip) for n in m.genome.network] for m in (model, parent)]
+    matches = difflib.SequenceMatcher(None, *lines, autojunk=False).get_matching_blocks()
+    pairs = [(model.blocks[m.a + i], parent.blocks[m.b + i]) for m in matches for i in range(m.size)]
+    for mine, theirs in [*pairs, (model.embed, parent.embed), (model.head, parent.head)]:
+        known = dict(theirs.named_parameters())
+        for name, p in mine.named_parameters():
+            if name in known and known[name].shape == p.shape:
+                p.data.copy_(known[name].data)
+    return len(pairs)
+
+
+def inherit(data, settings, n=24):
+    data, rng, parent = data.to(DEVICE), random.Random(0), the_winner()
+    named = {"the parent": parent}
+    while len(named) <= n:
+        child = genomes.mutate(parent, rng, 0.3)
+        if evolve.is_small(child.genome, settings, data.vocab_size):
+            named[f"{len(named)} {child.operator}"] = child.genome
+    whole, model = evolve.run_trial(task_for(parent), data, settings, evolve.Turn())
+    print(f"the parent after {settings.time_budget:g} s: {whole.val_bpb:.4f}; then, of each, a third of that from its "
+          "weights, a third from scratch, and all of it from scratch", flush=True)  # fmt: skip
+    found = []
+    for name, genome in named.items():
+        task = dataclasses.replace(task_for(genome, 1, name), budget=1 / 3)
+        trial = evolve.Trial(task, data, settings, settings.batch_tokens // settings.seq_len)
+        shared = take_over(trial.model, model)
+        trial.run()
+        scratch = [
+            evolve.evaluate(dataclasses.replace(task, budget=b), data, settings, evolve.Turn()) for b in (1 / 3, 1)
+        ]
+        scores = [r.val_bpb if r.status == "ok" else math.nan for r in (trial.result, *scratch)]
+        print(
+            f"  {name:<44} {shared:3d} of {len(genome.network):3d} genes" + "".join(f"{x:9.4f}" for x in scores),
+            flush=True,
+        )
+        found += [scores] if not any(map(math.isnan, scores)) else []
+        del trial
+        evolve.free_memory()
+    taken, third, full = zip(*found, strict=True)
+    print(f"rank correlation with all of it from scratch, {len(found)} genomes: from the parent's weights "
+          f"{with_interval(taken, full)}, a third from scratch {with_interval(third, full)}", flush=True)  # fmt: skip
+
+
 def everywhere(genome: Genome, op: str, **changes) -> Genome:
     """The genome with those traits in every gene of an op."""
     return dataclasses.replace(genome, genes=[g.change(**changes) if g.op == op else g for g in genome.genes])
@@ -628,8 +676,8 @@ def worth(data, settings, seeds, only=""):
               f"speed x{after / before:.3f}", flush=True)  # fmt: skip
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, parts, hurdle, fidelity, worth)}
-SECONDS = {"soak": 2.0, "designs": 10.0, "parts": 10.0, "worth": 10.0}
+BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, parts, hurdle, fidelity, inherit, worth)}
+SECONDS = {"inherit": 10.0, "soak": 2.0, "designs": 10.0, "parts": 10.0, "worth": 10.0}
 SEEDS = {"bpb": 3, "parts": 3, "worth": 3}
 
 

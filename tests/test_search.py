@@ -94,7 +94,7 @@ def test_lineages_have_one_parent_for_each_root_and_each_sequence_of_ops(monkeyp
                                   "g1.02": "g0.02", "g1.03": "g0.02", "g1.04": "g1.04"}  # fmt: skip
     assert set(drawn("lineages", rows)) == {"g1.04", "g1.01", "g0.02", "g0.03"}
     monkeypatch.setattr(evolve, "TOURNAMENT", 4)
-    assert set(drawn("lineages", rows)) == {"g1.04"}
+    assert set(drawn("lineages", rows)) == {"g1.04", "g1.01", "g0.02"}, "the last of four never wins against one"
 
 
 def test_roots_of_a_record_whose_parents_go_in_circles():
@@ -106,8 +106,9 @@ def test_novelty_draws_what_is_unlike_the_others_and_not_far_behind(monkeypatch)
     alike = [transformer(3, 64, lr_factor=lr) for lr in (0.5, 0.7, 1.0, 1.4)]
     rows = [row(f"g0.{i:02d}", genome, 1.30 + i / 1000) for i, genome in enumerate(alike)]
     rows += [row("g0.10", net("ssm", "conv1d", "shift", "memory"), 1.34), row("g0.11", net("retention"), 1.40)]
-    monkeypatch.setattr(evolve, "TOURNAMENT", 5)
-    assert set(drawn("novelty", rows)) == {"g0.10"}, "g0.11 is as unlike, but beyond MARGIN"
+    times = drawn("novelty", rows, times=1_000)
+    assert times.most_common(1)[0][0] == "g0.10" and times["g0.10"] > 500, "three of five are drawn"
+    assert "g0.11" not in times, "as unlike, but beyond MARGIN"
     assert set(drawn("novelty", rows[:1])) == {"g0.00"}, "alone it is its own parent"
 
 
@@ -387,22 +388,26 @@ def test_immigrants_are_not_chosen(monkeypatch):
     assert [t.operator == "random" for t in bred(settings, first_generation())] == [False] * 4 + [True] * 2
 
 
-def test_a_part_that_helps_is_found_sooner():
-    """A landscape in which convolutions before attention help: with the draw they stand in most networks soon."""
+HELPFUL = {"conv": (2, 3), "values": ("embedding",), "exclusive": (True,), "gating": ("output",), "heads": (4,)}
+
+
+def test_parts_that_help_are_found_sooner():
+    """A landscape in which five traits of attention help: with the draw more of them stand in the best, and sooner."""
 
     def score(genome: Genome) -> float:
-        convs = [gene.conv > 0 for gene in (n.gene for n in genome.network) if gene.op == "attention"]
-        return 1.4 - 0.03 * statistics.fmean(convs or [0.0]) + 0.002 * random.Random(genome.key).random()
+        attention = [node.gene for node in genome.network if node.gene.op == "attention"]
+        shares = (sum(getattr(gene, t) in good for gene in attention) / len(attention) for t, good in HELPFUL.items())
+        return 1.4 - 0.02 * sum(shares if attention else ()) + 0.002 * random.Random(genome.key).random()
 
-    found = {}
-    for prescreen in (1, 30):
-        settings = dataclasses.replace(S, population_size=12, survivors=3, repeats=1, prescreen=prescreen)
+    found = collections.defaultdict(list)
+    for prescreen, seed in itertools.product((1, 30), range(3)):
+        settings = dataclasses.replace(S, population_size=12, survivors=3, repeats=1, prescreen=prescreen, seed=seed)
         rows = [row(f"g0.{i:02d}", genome, score(genome)) for i, genome in enumerate(some(12))]
-        for generation in range(1, 5):
+        for generation in range(1, 6):
             for t in evolve.breed(rows, generation, settings, VOCAB):
                 rows.append(row(t.id, t.genome, score(t.genome), ",".join(t.parents), operator=t.operator))
-        found[prescreen] = evolve.searched(rows)[0].mean
-    assert found[30] < found[1] - 0.005 and found[30] < 1.385
+        found[prescreen].append(evolve.searched(rows)[0].mean)
+    assert statistics.fmean(found[30]) < statistics.fmean(found[1]) - 0.01, found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
