@@ -31,6 +31,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -39,9 +40,11 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
+import queue
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import threading
@@ -49,8 +52,8 @@ import time
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -143,6 +146,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demo", action="store_true", help="two minutes on any machine, on text that every machine has")
     add("--data-dir", metavar="DIR", help="the folder of parquet shards that prepare.py was given")
     add("--out", metavar="DIR", help="where results go (default: here; with --demo: demo/)")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="use all GPUs of a Ray cluster, or of this machine")
     add("--new", action="store_true", help="move the run that is there to runs/ and begin again")
     add("--start", nargs="+", default=[], metavar="FILE", help="put the genomes in these files into generation 0")
     add("--train", metavar="FILE", help="train the genome in a file, and let it write")
@@ -977,6 +981,7 @@ class Pool:
         self.size = worker_count(settings, data, device)  # workers that there should be
         self.alone: Worker | None = None  # the one that needs all memory of the device
         self.failed_starts = 0  # in a row
+        self.gpu_seconds = 0.0  # for which there was something to do
         # Trackers, ours and those of workers, free the semaphores of killed processes; their warning helps nobody.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         # Workers compile at the same time; torch reads this when it is imported.
@@ -1014,17 +1019,29 @@ class Pool:
         theirs.close()
         return Worker(process, ours)
 
-    def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
-        """Yield the results of tasks; calls tick twice a second or more. Raises Stop where no worker can start."""
-        queue, expected, tried, told = collections.deque(tasks), len(tasks), set(), set()
-        while expected:
+    def run(self, tasks: Iterable[Task | None], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
+        """Yield the results of tasks; calls tick twice a second or more. Raises Stop where no worker can start.
+
+        Of the tasks one more is drawn than there are workers for; None says that there is none yet.
+        """
+        source, todo, tried, told = iter(tasks), collections.deque(), set(), set()
+        more, before = True, time.monotonic()
+        while True:
             while self.alone is None and len(self.workers) < self.size:
                 self.workers.append(self.start())
-            for w in self.workers:
-                if w.state == "ready" and queue and self.alone is None:
-                    w.task, w.state = queue.popleft(), "preparing"
+            for w in [*(w for w in self.workers if w.state == "ready" and self.alone is None), None]:
+                if more and not todo:
+                    task = next(source, self)
+                    more = task is not self
+                    todo.extend([task] if more and task else [])
+                if w and todo:
+                    w.task, w.state = todo.popleft(), "preparing"
                     with contextlib.suppress(OSError):  # a dead worker is found below
                         w.pipe.send(w.task)
+            if not (more or todo or any(w.task for w in self.workers)):
+                return
+            now = time.monotonic()
+            self.gpu_seconds, before = self.gpu_seconds + now - before, now
             readable = multiprocessing.connection.wait([w.pipe for w in self.workers], timeout=0.5)
             tick()
             for w in [w for w in self.workers if w.pipe in readable]:
@@ -1043,7 +1060,7 @@ class Pool:
                         say(message.text)
                     continue
                 if message == "make room":
-                    queue.extendleft(self.make_room(w))
+                    todo.extendleft(self.make_room(w))
                     break  # most of the others are gone
                 if isinstance(message, str):
                     w.state = message
@@ -1066,11 +1083,10 @@ class Pool:
                     continue
                 if (message is None or message.status == "stalled") and task not in tried:
                     tried.add(task)
-                    queue.appendleft(task)
+                    todo.appendleft(task)
                     why = "its worker was killed" if message is None else message.note
                     say(f"{task.id}: {why}; trying once more")
                     continue
-                expected -= 1
                 yield message or Result.of(task, "crash", note="the worker was killed, twice")
 
     def start_failed(self, w: Worker):
@@ -1139,6 +1155,239 @@ def worker_count(settings: Settings, data: prepare.Dataset, device: torch.device
     what = "workers: one trains, the others compile" if n > 1 else "worker"
     say(f"{n} {what} ({cpu_cores()} cores; {free:,} MiB free for {carried} of them)")
     return n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# More than one GPU: a pool of its own on each, held together by Ray (Moritz et al. 2018; https://docs.ray.io), an extra
+# that is imported here alone. The driver keeps plan and record; tasks and results cross as plain values.
+
+HELD = 3  # tasks that a GPU has: one trains, two compile
+LOOK = 3.0  # seconds between looks at who is there
+ATTEMPTS = 3  # of a task, where its GPUs are lost; then it is a crash
+
+
+def task_values(task: Task) -> dict:
+    return {**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)}, "genome": task.genome.to_json()}
+
+
+class Host:
+    """A pool on one GPU of a cluster (on a CPU where it has none): what runs there, as a Ray actor of several threads.
+
+    settings: the constants in lower case. folder: the name of the folder of tokens in the cache of that machine.
+    """
+
+    def __init__(self, settings: dict, folder: str, out: str):
+        vars(sys.modules["__main__"]).pop("__file__", None)  # else each worker begins by loading Ray's own script
+        self.settings, self.folder, self.out = Settings(**settings), prepare.cache_root() / folder, Path(out)
+        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of tasks
+        self.waiting: dict[tuple, Future] = {}  # by what is evaluated
+        self.problem: Exception | None = None  # what ended the pool
+
+    def describe(self, gpus: int) -> dict:
+        """What has to be the same everywhere. gpus: of this machine, which share its cores. Raises PrepareError."""
+        cores = sorted(os.sched_getaffinity(0)) if gpus and hasattr(os, "sched_setaffinity") else []
+        if len(cores) >= 2 * gpus > 0:
+            first = int(os.environ["CUDA_VISIBLE_DEVICES"].partition(",")[0])
+            os.sched_setaffinity(0, cores[first % gpus :: gpus])
+        data = prepare.load(self.folder, verify=True)
+        name = torch.cuda.get_device_name(0) if self.device.type == "cuda" else "cpu"
+        threading.Thread(target=self.work, args=(data,), daemon=True).start()
+        return {"device": name, "fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
+
+    def work(self, data: prepare.Dataset):
+        try:
+            with Pool(data, self.settings, self.device, self.out) as pool:
+                for result in pool.run(self.tasks()):
+                    self.waiting.pop(result.evaluation).set_result(dataclasses.asdict(result))
+        except Exception as error:
+            self.problem = error
+            for future in self.waiting.values():
+                future.set_exception(error)
+
+    def tasks(self) -> Iterator[Task | None]:
+        """What comes in, without an end; None where there is nothing yet."""
+        while True:
+            try:
+                yield self.inbox.get_nowait()
+            except queue.Empty:
+                yield None
+
+    def evaluate(self, values: dict) -> dict:
+        """The result of a task, as values; waits for it. Raises what ended the pool."""
+        task, future = Task(**{**values, "genome": Genome.from_json(values["genome"])}), Future()
+        self.waiting[task.evaluation] = future
+        self.inbox.put(task)
+        if self.problem:
+            raise self.problem
+        return future.result()
+
+
+@dataclass
+class Member:
+    """A GPU of a cluster as the driver sees it."""
+
+    actor: object
+    node: str
+    hello: object  # a reference to what it says of itself; None once that is known
+    tasks: dict = field(default_factory=dict)  # by the reference to its result
+    since: float = field(default_factory=time.monotonic)  # when it last gave a sign of life
+
+
+class RayPool:
+    """run(tasks) as that of Pool, on all GPUs of a cluster that are of one model.
+
+    Those that come are used, and what is lost with those that go is done elsewhere. address: of a cluster that runs,
+    or "" to start one on this machine. Raises Stop where Ray is missing or no GPU can take part.
+    """
+
+    def __init__(self, address: str, data: prepare.Dataset, settings: Settings, out: Path):
+        try:
+            import ray
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        except ImportError as error:
+            raise Stop(f"--ray needs Ray ({error}), an extra: uv run --extra ray evolve.py --ray") from None
+        self.ray, self.on_node, self.settings, self.data = ray, NodeAffinitySchedulingStrategy, settings, data
+        # Ray would else copy this folder, and build its environment anew, for each of its processes.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        local = {} if address else {"address": "local", "include_dashboard": False}
+        environment = {"env_vars": {"PYTHONPATH": path}}
+        try:
+            if re.fullmatch(r"[^/]+:\d+", address):  # Ray itself tries an address in vain for minutes
+                socket.create_connection(address.rsplit(":", 1), timeout=10).close()
+            ray.init(**{"address": address, **local}, logging_level=logging.ERROR, runtime_env=environment)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise Stop(
+                f"--ray {address}: {first_line(error)}. To start a cluster: uv run --extra ray ray start --head"
+            ) from None
+        # As a module, not as the script that is run: processes elsewhere have to find it by its name.
+        self.host = ray.remote(importlib.import_module("evolve").Host)
+        constants = {name.lower(): getattr(settings, name.lower()) for name in CONSTANTS}
+        self.arguments = (constants, data.folder.name, str(out.resolve()))
+        self.expected = {"fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
+        self.members: list[Member] = []
+        self.left_out: dict[str, str] = {}  # nodes, and why
+        self.gpu_seconds, self.looked, self.waits = 0.0, -math.inf, False
+        self.kind = "GPU" if any(node["Resources"].get("GPU") for node in ray.nodes()) else "CPU"
+        self.look()
+        while any(m.hello for m in self.members):
+            self.look(wait=1.0)
+
+    def __enter__(self) -> "RayPool":
+        return self
+
+    def __exit__(self, *_):
+        for m in self.members:
+            self.ray.kill(m.actor)
+        self.ray.shutdown()
+
+    @property
+    def device_name(self) -> str:
+        return self.expected["device"]
+
+    def count(self, node: dict) -> int:
+        return int(node["Resources"].get(self.kind, 0)) if node["Alive"] else 0
+
+    def look(self, wait: float = 0.0):
+        """Have a member for each GPU of each node, and hear those that are new. Raises Stop where there is none."""
+        nodes = {node["NodeID"]: node for node in self.ray.nodes()}
+        for m in [m for m in self.members if not m.tasks and not nodes.get(m.node, {}).get("Alive")]:
+            self.members.remove(m)
+        for id, node in nodes.items():
+            lacking = self.count(node) - sum(m.node == id for m in self.members)
+            for _ in range(lacking if id not in self.left_out else 0):
+                options = dict(num_cpus=int(self.kind == "CPU"), num_gpus=int(self.kind == "GPU"))
+                place = self.on_node(node_id=id, soft=False)
+                actor = self.host.options(**options, scheduling_strategy=place, max_concurrency=HELD + 1).remote(
+                    *self.arguments
+                )
+                gpus = self.count(node) if self.kind == "GPU" else 0
+                self.members.append(Member(actor, id, actor.describe.remote(gpus)))
+        new = {m.hello: m for m in self.members if m.hello}
+        for hello in self.ray.wait(list(new), num_returns=len(new), timeout=wait)[0] if new else []:
+            m = new[hello]
+            problem = self.heard(m)
+            if problem:
+                self.members.remove(m)
+                name = nodes.get(m.node, {}).get("NodeManagerAddress", m.node)
+                if self.left_out.setdefault(m.node, problem) == problem:
+                    say(f"{name} takes no part: {problem}")
+        if not self.members and self.left_out:
+            raise Stop(f"No {self.kind} of the cluster can take part: {'; '.join(sorted(set(self.left_out.values())))}")
+        if not self.members and not self.waits:
+            say(f"The cluster has no {self.kind} now: waiting for one")
+        self.waits, self.looked = not self.members, time.monotonic()
+
+    def heard(self, m: Member) -> str:
+        """What is wrong with a member that has described itself, or ""."""
+        try:
+            found, m.hello, m.since = self.ray.get(m.hello), None, time.monotonic()
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            return first_line(cause)
+        advice = {
+            "fingerprint": "prepare the same text there with the prepare.py of this folder",
+            "code": "have the same checkout there, at the same path",
+            "torch": "have the same environment there: uv sync --extra ray",
+            "device": "results of two kinds of GPU do not mix",
+        }
+        self.expected.setdefault("device", found["device"])
+        for name, value in self.expected.items():
+            if found[name] != value:
+                return f"its {name} is {found[name]}, not {value}; {advice[name]}"
+        return ""
+
+    def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
+        """Yield the results of tasks as they come; calls tick twice a second or more."""
+        todo, lost = collections.deque(tasks), collections.Counter()
+        before = time.monotonic()
+        while todo or any(m.tasks for m in self.members):
+            if time.monotonic() - self.looked > LOOK:
+                self.look()
+            ready = [m for m in self.members if not m.hello]
+            while todo and ready and len((m := min(ready, key=lambda m: len(m.tasks))).tasks) < HELD:
+                task = todo.popleft()
+                m.since = m.since if m.tasks else time.monotonic()
+                m.tasks[m.actor.evaluate.remote(task_values(task))] = task
+            owner = {ref: m for m in ready for ref in m.tasks}
+            done = self.ray.wait(list(owner), timeout=0.5)[0] if owner else time.sleep(0.5) or []
+            tick()
+            now = time.monotonic()
+            self.gpu_seconds += (now - before) * len(ready)
+            before = now
+            gone = [m for m in ready if m.tasks and now - m.since > self.patience(m)]
+            for ref in done:
+                m = owner[ref]
+                task, m.since = m.tasks.pop(ref, None), now
+                try:
+                    result = Result(**self.ray.get(ref))
+                except self.ray.exceptions.RayTaskError as error:  # its pool cannot go on
+                    self.left_out[m.node] = first_line(error.cause)
+                    say(f"A {self.kind} takes no part any more: {first_line(error.cause)}")
+                    gone.append(m)
+                except self.ray.exceptions.RayError:
+                    gone.append(m)
+                else:
+                    yield result
+                    continue
+                m.tasks[ref] = task
+            for m in {id(m): m for m in gone}.values():
+                say(f"A {self.kind} of the cluster is lost, with {len(m.tasks)} evaluations: they are made elsewhere")
+                self.ray.kill(m.actor)
+                self.members.remove(m)
+                for task in reversed(m.tasks.values()):
+                    lost[task.evaluation] += 1
+                    if lost[task.evaluation] < ATTEMPTS:
+                        todo.appendleft(task)
+                    else:
+                        yield Result.of(
+                            task, "crash", note=f"the {self.kind} that evaluated it was lost, {ATTEMPTS} times"
+                        )
+
+    def patience(self, m: Member) -> float:
+        """Seconds without a result after which a member has hung: its own pool ends what hangs sooner."""
+        return 2 * max(self.settings.deadline + training_limit(task, self.settings) for task in m.tasks.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2517,6 +2766,9 @@ def end_text(rows: list[Result], settings: Settings, vocab_size: int) -> str:
     """What came of a run that is finished."""
     o = outcome(rows, settings, vocab_size)
     if o.winner is None:
+        best = next(iter(searched(rows)), None)
+        if best and not settings.finalists:
+            return f"\nThe best of the search is {best.id}, {best.mean:.4f}; FINALISTS = 0: no final confirms it"
         return "\nNo genome was scored in a final; see the status column of results.tsv"
     texts = [final_text(o, rows, settings), lineage_text(rows, o.winner.id), ops_text(rows, o.winner.genome, settings)]
     return "\n".join(
@@ -2771,16 +3023,17 @@ OPS_SECONDS = 60  # that trying all ops may take
 ALIKE = 3  # crashes in a row with the same note, nothing else before them, that stop a run
 
 
-def evolve(record: Record, settings: Settings, data: prepare.Dataset, device: torch.device):
+def evolve(record: Record, settings: Settings, data: prepare.Dataset, pool: "Pool | RayPool"):
     """The whole search, from wherever the record stands. Reports are written while the next evaluations go on."""
     out = record.path.parent
     controls = find_controls(out, record.header)
-    with ThreadPoolExecutor(1) as reporter, Pool(data, settings, device, out) as pool:
-        written = None
+    with ThreadPoolExecutor(1) as reporter:
+        written, busy = None, 0.0
         while tasks := next_tasks(record.rows, settings, data.vocab_size):
             for result in unless_all_crash(progress(pool, tasks), record.rows, settings.population_size):
                 result.note = f"{result.note} {slower_text(result, record.rows, settings)}".strip()
                 record.append(result)
+                busy += (result.seconds or 0) + (result.outside or 0)
                 say(result_text(result))
             if text := stage_text(record.rows, settings, tasks[0]):
                 say(text)
@@ -2790,9 +3043,11 @@ def evolve(record: Record, settings: Settings, data: prepare.Dataset, device: to
     if written:
         written.result()
     say(end_text(record.rows, settings, data.vocab_size))
+    if pool.gpu_seconds:
+        say(f"\nGPUs stood idle for {max(0.0, 1 - busy / pool.gpu_seconds):.0%} of the time")
 
 
-def progress(pool: Pool, tasks: list[Task]) -> Iterator[Result]:
+def progress(pool: "Pool | RayPool", tasks: list[Task]) -> Iterator[Result]:
     """The results of tasks, under a bar where there is a terminal."""
     first = tasks[0]
     title = first.stage if first.generation is None else f"generation {first.generation}"
@@ -3030,14 +3285,30 @@ def no_gpu_reason() -> str:
     return "torch finds none"
 
 
+def check_device(name: str, device: torch.device, settings: Settings):
+    """Say what a device is not good at. Raises Stop where it is good for nothing."""
+    if name == "cpu" and not settings.token_budget:
+        raise Stop(f"A trial of seconds needs a GPU, and none is to be seen: {no_gpu_reason()}. Mend that (the driver, "
+                   "the GPU passed on to a container, or another torch), or see it work with --demo; --token-budget "
+                   "trains for tokens, on the CPU too")  # fmt: skip
+    if name == "cpu":
+        say("No GPU is used: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests")
+    elif device.type == "cuda" and compute_dtype(device) == torch.float32:
+        more = (
+            "" if settings.token_budget else f". Raise TIME_BUDGET (now {settings.time_budget:g} s) to make up for it"
+        )
+        say(f"{name} does not compute in bfloat16: training in float32, at a fraction of the tokens a second and with "
+            f"more memory{more}")  # fmt: skip
+
+
 def run_command(args: argparse.Namespace):
     settings = read_settings(args)
     if settings.seq_len > MAX_SEQ_LEN:
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
-    if args.start and (args.train or args.write):
-        raise Stop("--start is for a search; it has no meaning beside --train and --write")
+    if (args.start or args.ray is not None) and (args.train or args.write):
+        raise Stop("--start and --ray are for a search; they mean nothing beside --train and --write")
     if (args.scale != 1 or args.deeper) and not args.train:
         raise Stop("--scale and --deeper change the design that --train trains; name it with --train FILE")
     if not 0 < args.scale <= MAX_WIDTH or not 0 <= args.deeper <= MAX_GENES:
@@ -3066,31 +3337,24 @@ def run_command(args: argparse.Namespace):
         with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
             return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    if name == "cpu" and not settings.token_budget:
-        raise Stop(f"A trial of seconds needs a GPU, and none is to be seen: {no_gpu_reason()}. Mend that (the driver, "
-                   "the GPU passed on to a container, or another torch), or see it work with --demo; --token-budget "
-                   "trains for tokens, on the CPU too")  # fmt: skip
-    if name == "cpu":
-        say("No GPU is used: training on the CPU in float32, uncompiled and slow. Good for --demo and for tests")
-    elif compute_dtype(device) == torch.float32:
-        more = (
-            "" if settings.token_budget else f". Raise TIME_BUDGET (now {settings.time_budget:g} s) to make up for it"
-        )
-        say(f"{name} does not compute in bfloat16: training in float32, at a fraction of the tokens a second and with "
-            f"more memory{more}")  # fmt: skip
     if designs:
+        check_device(name, device, settings)
         return train_one(args, designs, settings, data, device)
-    if torch.cuda.device_count() > 1:
-        say(f"{torch.cuda.device_count()} GPUs: this run uses the first. Another run, for another one: "
-            "CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip
     out = Path(args.out or ("demo" if args.demo else "."))
-    with Record(out) as record:
+    with contextlib.ExitStack() as stack:
+        pool = None if args.ray is None else stack.enter_context(RayPool(args.ray, data, settings, out))
+        name = pool.device_name if pool else name
+        check_device(name, device, settings)
+        if torch.cuda.device_count() > 1 and not pool:
+            say(f"{torch.cuda.device_count()} GPUs: this run uses the first. All of them: uv run --extra ray evolve.py "
+                "--ray. Another run on another one: CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip
+        record = stack.enter_context(Record(out))
         if not begin_or_go_on(record, describe_run(settings, data, name), settings, args.new):
             return write_reports(out, record.rows, record.header, settings, find_controls(out, record.header))
         generations = f"{settings.max_generations} generations of {settings.population_size}"
         say(f"{data.source}: {len(data.train):,} training tokens. {budget_text(settings)} a trial on {name}, "
             f"{generations}. Results in {record.path}\n")  # fmt: skip
-        evolve(record, settings, data, device)
+        evolve(record, settings, data, pool or stack.enter_context(Pool(data, settings, device, out)))
 
 
 def main(argv: list[str] | None = None) -> int:

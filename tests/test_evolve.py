@@ -2418,7 +2418,8 @@ def test_a_slow_repeat_has_a_note_in_the_record(toys, free_params, source, tmp_p
     s = tiny(token_budget=0, time_budget=1.0, max_params=10**9)
     with Record(tmp_path) as record:
         record.begin(evolve.describe_run(s, source, "cpu"))
-        evolve.evolve(record, s, source, torch.device("cpu"))
+        with evolve.Pool(source, s, torch.device("cpu"), tmp_path) as pool:
+            evolve.evolve(record, s, source, pool)
         rows = record.rows
     assert {r.operator == "repeat" for r in rows if "-10% tokens/s" in r.note} == {True}
     assert evolve.next_tasks(rows, s, 300) == []
@@ -3231,9 +3232,9 @@ def test_every_constant_has_a_comment_and_a_flag(capsys):
 
 
 IMPOSSIBLE = [f"--{name}=0" for name in ("population-size", "survivors", "batch-tokens", "seq-len", "eval-tokens",
-    "max-params", "finalists", "deadline", "time-budget", "long-factor", "baseline-trials", "hurdle")]  # fmt: skip
+    "max-params", "deadline", "time-budget", "long-factor", "hurdle", "prescreen")]  # fmt: skip
 IMPOSSIBLE += [f"--{name}=-1" for name in ("immigrants", "max-generations", "token-budget", "hurdle", "seed",
-    "workers", "long-seeds", "baseline-trials")]  # fmt: skip
+    "workers", "long-seeds", "baseline-trials", "finalists")]  # fmt: skip
 IMPOSSIBLE += [
     f"--{name}={x}" for name in ("mutation-rate", "crossover-rate", "hurdle-sample") for x in (-0.1, 1.1, "nan")
 ]
