@@ -1163,6 +1163,7 @@ def worker_count(settings: Settings, data: prepare.Dataset, device: torch.device
 
 HELD = 3  # tasks that a GPU has: one trains, two compile
 LOOK = 3.0  # seconds between looks at who is there
+SLOW = 60.0  # seconds that the start waits for those who are slow to say who they are
 ATTEMPTS = 3  # of a task, where its GPUs are lost; then it is a crash
 
 
@@ -1184,20 +1185,23 @@ class Host:
         self.waiting: dict[tuple, Future] = {}  # by what is evaluated
         self.problem: Exception | None = None  # what ended the pool
 
-    def describe(self, gpus: int) -> dict:
-        """What has to be the same everywhere. gpus: of this machine, which share its cores. Raises PrepareError."""
+    def describe(self) -> dict:
+        """What has to be the same everywhere. Raises PrepareError."""
+        name = torch.cuda.get_device_name(0) if self.device.type == "cuda" else "cpu"
+        data = prepare.load(self.folder, verify=True)
+        return {"device": name, "fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
+
+    def begin(self, gpus: int):
+        """Start the pool. gpus: of this machine, which share its cores."""
         cores = sorted(os.sched_getaffinity(0)) if gpus and hasattr(os, "sched_setaffinity") else []
         if len(cores) >= 2 * gpus > 0:
             first = int(os.environ["CUDA_VISIBLE_DEVICES"].partition(",")[0])
             os.sched_setaffinity(0, cores[first % gpus :: gpus])
-        data = prepare.load(self.folder, verify=True)
-        name = torch.cuda.get_device_name(0) if self.device.type == "cuda" else "cpu"
-        threading.Thread(target=self.work, args=(data,), daemon=True).start()
-        return {"device": name, "fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
+        threading.Thread(target=self.work, daemon=True).start()
 
-    def work(self, data: prepare.Dataset):
+    def work(self):
         try:
-            with Pool(data, self.settings, self.device, self.out) as pool:
+            with Pool(prepare.load(self.folder), self.settings, self.device, self.out) as pool:
                 for result in pool.run(self.tasks()):
                     self.waiting.pop(result.evaluation).set_result(dataclasses.asdict(result))
         except Exception as error:
@@ -1271,7 +1275,8 @@ class RayPool:
         self.gpu_seconds, self.looked, self.waits = 0.0, -math.inf, False
         self.kind = "GPU" if any(node["Resources"].get("GPU") for node in ray.nodes()) else "CPU"
         self.look()
-        while any(m.hello for m in self.members):
+        until = time.monotonic() + SLOW
+        while "device" not in self.expected or (any(m.hello for m in self.members) and time.monotonic() < until):
             self.look(wait=1.0)
 
     def __enter__(self) -> "RayPool":
@@ -1302,8 +1307,7 @@ class RayPool:
                 actor = self.host.options(**options, scheduling_strategy=place, max_concurrency=HELD + 1).remote(
                     *self.arguments
                 )
-                gpus = self.count(node) if self.kind == "GPU" else 0
-                self.members.append(Member(actor, id, actor.describe.remote(gpus)))
+                self.members.append(Member(actor, id, actor.describe.remote()))
         new = {m.hello: m for m in self.members if m.hello}
         for hello in self.ray.wait(list(new), num_returns=len(new), timeout=wait)[0] if new else []:
             m = new[hello]
@@ -1313,6 +1317,8 @@ class RayPool:
                 name = nodes.get(m.node, {}).get("NodeManagerAddress", m.node)
                 if self.left_out.setdefault(m.node, problem) == problem:
                     say(f"{name} takes no part: {problem}")
+            else:
+                m.actor.begin.remote(self.count(nodes[m.node]) if self.kind == "GPU" else 0)
         if not self.members and self.left_out:
             raise Stop(f"No {self.kind} of the cluster can take part: {'; '.join(sorted(set(self.left_out.values())))}")
         if not self.members and not self.waits:
@@ -1324,8 +1330,7 @@ class RayPool:
         try:
             found, m.hello, m.since = self.ray.get(m.hello), None, time.monotonic()
         except self.ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            return first_line(cause)
+            return first_line(getattr(error, "cause", None) or error)
         advice = {
             "fingerprint": "prepare the same text there with the prepare.py of this folder",
             "code": "have the same checkout there, at the same path",
@@ -1338,28 +1343,33 @@ class RayPool:
                 return f"its {name} is {found[name]}, not {value}; {advice[name]}"
         return ""
 
-    def run(self, tasks: list[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
+    def run(self, tasks: Iterable[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
         """Yield the results of tasks as they come; calls tick twice a second or more."""
-        todo, lost = collections.deque(tasks), collections.Counter()
-        before = time.monotonic()
-        while todo or any(m.tasks for m in self.members):
+        todo, lost = collections.deque(), collections.Counter()
+        source, before = iter(tasks), time.monotonic()
+        while True:
             if time.monotonic() - self.looked > LOOK:
                 self.look()
             ready = [m for m in self.members if not m.hello]
-            while todo and ready and len((m := min(ready, key=lambda m: len(m.tasks))).tasks) < HELD:
-                task = todo.popleft()
+            while ready and len((m := min(ready, key=lambda m: len(m.tasks))).tasks) < HELD:
+                task = todo.popleft() if todo else next(source, None)
+                if task is None:
+                    break
                 m.since = m.since if m.tasks else time.monotonic()
                 m.tasks[m.actor.evaluate.remote(task_values(task))] = task
             owner = {ref: m for m in ready for ref in m.tasks}
-            done = self.ray.wait(list(owner), timeout=0.5)[0] if owner else time.sleep(0.5) or []
+            if ready and not owner:
+                return
+            done = self.ray.wait(list(owner), timeout=0.5)[0] if owner else []
+            if not owner:  # nobody is there
+                time.sleep(0.5)
             tick()
             now = time.monotonic()
-            self.gpu_seconds += (now - before) * len(ready)
-            before = now
+            self.gpu_seconds, before = self.gpu_seconds + (now - before) * len(ready), now
             gone = [m for m in ready if m.tasks and now - m.since > self.patience(m)]
             for ref in done:
                 m = owner[ref]
-                task, m.since = m.tasks.pop(ref, None), now
+                m.since = now
                 try:
                     result = Result(**self.ray.get(ref))
                 except self.ray.exceptions.RayTaskError as error:  # its pool cannot go on
@@ -1369,9 +1379,8 @@ class RayPool:
                 except self.ray.exceptions.RayError:
                     gone.append(m)
                 else:
+                    del m.tasks[ref]
                     yield result
-                    continue
-                m.tasks[ref] = task
             for m in {id(m): m for m in gone}.values():
                 say(f"A {self.kind} of the cluster is lost, with {len(m.tasks)} evaluations: they are made elsewhere")
                 self.ray.kill(m.actor)
@@ -1381,9 +1390,8 @@ class RayPool:
                     if lost[task.evaluation] < ATTEMPTS:
                         todo.appendleft(task)
                     else:
-                        yield Result.of(
-                            task, "crash", note=f"the {self.kind} that evaluated it was lost, {ATTEMPTS} times"
-                        )
+                        note = f"the {self.kind} that evaluated it was lost, {ATTEMPTS} times"
+                        yield Result.of(task, "crash", note=note)
 
     def patience(self, m: Member) -> float:
         """Seconds without a result after which a member has hung: its own pool ends what hangs sooner."""

@@ -49,7 +49,7 @@ def data(tmp_path_factory, data_dir):
         yield prepare.load(prepare.prepare(data_dir=data_dir))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster(data):
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     cluster.add_node(num_cpus=1)
