@@ -58,6 +58,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+STARTED = time.monotonic()
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: the constants, what values they may have, and a flag for each.
 
@@ -147,6 +149,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", metavar="DIR", help="the folder of parquet shards that prepare.py was given")
     add("--out", metavar="DIR", help="where results go (default: here; with --demo: demo/)")
     add("--ray", nargs="?", const="", metavar="ADDRESS", help="use all GPUs of a Ray cluster, or of this machine")
+    add("--minutes", type=float, default=math.inf, metavar="N", help="end so many minutes from now; go on later")
     add("--new", action="store_true", help="move the run that is there to runs/ and begin again")
     add("--start", nargs="+", default=[], metavar="FILE", help="put the genomes in these files into generation 0")
     add("--train", metavar="FILE", help="train the genome in a file, and let it write")
@@ -981,7 +984,7 @@ class Pool:
         self.size = worker_count(settings, data, device)  # workers that there should be
         self.alone: Worker | None = None  # the one that needs all memory of the device
         self.failed_starts = 0  # in a row
-        self.gpu_seconds = 0.0  # for which there was something to do
+        self.gpus, self.gpu_seconds = 1, 0.0  # and for how long there was something to do
         # Trackers, ours and those of workers, free the semaphores of killed processes; their warning helps nobody.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         # Workers compile at the same time; torch reads this when it is imported.
@@ -1290,6 +1293,10 @@ class RayPool:
     @property
     def device_name(self) -> str:
         return self.expected["device"]
+
+    @property
+    def gpus(self) -> int:
+        return max(1, len(self.members))
 
     def count(self, node: dict) -> int:
         return int(node["Resources"].get(self.kind, 0)) if node["Alive"] else 0
@@ -3028,17 +3035,23 @@ def write_reports(out: Path, rows: list[Result], header: dict, settings: Setting
 
 SLOWER = 0.03  # share of its first speed that a genome may lose before a line says so
 OPS_SECONDS = 60  # that trying all ops may take
+SPARE = 20.0  # seconds that --minutes leaves for compiling and for reports
 ALIKE = 3  # crashes in a row with the same note, nothing else before them, that stop a run
 
 
-def evolve(record: Record, settings: Settings, data: prepare.Dataset, pool: "Pool | RayPool"):
-    """The whole search, from wherever the record stands. Reports are written while the next evaluations go on."""
+def evolve(record: Record, settings: Settings, data: prepare.Dataset, pool: Pool | RayPool, minutes: float = math.inf):
+    """The whole search, from wherever the record stands, or what of it can end so many minutes after the program began.
+
+    Reports are written while the next evaluations go on.
+    """
     out = record.path.parent
     controls = find_controls(out, record.header)
     with ThreadPoolExecutor(1) as reporter:
         written, busy = None, 0.0
         while tasks := next_tasks(record.rows, settings, data.vocab_size):
-            for result in unless_all_crash(progress(pool, tasks), record.rows, settings.population_size):
+            done, ends = len(record.rows), STARTED + 60 * minutes
+            begun = progress(pool, in_time(tasks, record.rows, settings, pool, ends), len(tasks), tasks[0])
+            for result in unless_all_crash(begun, record.rows, settings.population_size):
                 result.note = f"{result.note} {slower_text(result, record.rows, settings)}".strip()
                 record.append(result)
                 busy += (result.seconds or 0) + (result.outside or 0)
@@ -3048,19 +3061,53 @@ def evolve(record: Record, settings: Settings, data: prepare.Dataset, pool: "Poo
             if written:
                 written.result()  # raises what went wrong
             written = reporter.submit(write_reports, out, list(record.rows), record.header, settings, controls)
+            if len(record.rows) - done < len(tasks):
+                break
     if written:
         written.result()
-    say(end_text(record.rows, settings, data.vocab_size))
+    if tasks:
+        say(f"\n--minutes {minutes:g}: no other evaluation would end in time. Run the same command again to go on")
+    else:
+        say(end_text(record.rows, settings, data.vocab_size))
     if pool.gpu_seconds:
         say(f"\nGPUs stood idle for {max(0.0, 1 - busy / pool.gpu_seconds):.0%} of the time")
 
 
-def progress(pool: "Pool | RayPool", tasks: list[Task]) -> Iterator[Result]:
-    """The results of tasks, under a bar where there is a terminal."""
-    first = tasks[0]
+def in_time(
+    tasks: list[Task], rows: list[Result], settings: Settings, pool: Pool | RayPool, ends: float
+) -> Iterator[Task]:
+    """Those of the tasks, one after the other, that can end by then, as time.monotonic() has it; of those that are
+    compared seed by seed in a final all of one seed or none.
+
+    rows: the record, to which the results come meanwhile.
+    """
+    begun, known = [], len(rows)
+
+    def cost(task: Task) -> float:
+        measured = [row for row in rows[-50:] if row.seconds and row.outside is not None]
+        seconds = settings.time_budget
+        if settings.token_budget:
+            seconds = max((row.seconds / row.budget for row in measured), default=0.0)
+        return seconds * task.budget + max((row.outside for row in measured), default=0.0)
+
+    def together(task: Task):
+        return task.seed if task.stage in ("final", "long", "passes") else task.evaluation
+
+    for _, group in itertools.groupby(tasks, key=together):
+        wanted = list(group)
+        ended = {row.evaluation for row in rows[known:]}
+        ahead = [task for task in begun if task.evaluation not in ended]
+        if sum(map(cost, ahead + wanted)) / pool.gpus + SPARE > ends - time.monotonic():
+            return
+        begun += wanted
+        yield from wanted
+
+
+def progress(pool: Pool | RayPool, tasks: Iterable[Task], most: int, first: Task) -> Iterator[Result]:
+    """The results of tasks, of which there are so many at most, under a bar where there is a terminal."""
     title = first.stage if first.generation is None else f"generation {first.generation}"
     form = "{desc} {bar:20} {n_fmt}/{total_fmt}  {remaining} left here"
-    with tqdm(total=len(tasks), desc=title, leave=False, disable=not sys.stderr.isatty(), bar_format=form) as bar:
+    with tqdm(total=most, desc=title, leave=False, disable=not sys.stderr.isatty(), bar_format=form) as bar:
         for result in pool.run(tasks, bar.refresh):
             yield result
             bar.update()
@@ -3315,8 +3362,10 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
-    if (args.start or args.ray is not None) and (args.train or args.write):
-        raise Stop("--start and --ray are for a search; they mean nothing beside --train and --write")
+    if (args.start or args.ray is not None or args.minutes < math.inf) and (args.train or args.write):
+        raise Stop("--start, --ray and --minutes are for a search; they mean nothing beside --train and --write")
+    if not args.minutes > 0:
+        raise Stop(f"--minutes {args.minutes:g}: has to be above 0")
     if (args.scale != 1 or args.deeper) and not args.train:
         raise Stop("--scale and --deeper change the design that --train trains; name it with --train FILE")
     if not 0 < args.scale <= MAX_WIDTH or not 0 <= args.deeper <= MAX_GENES:
@@ -3362,7 +3411,7 @@ def run_command(args: argparse.Namespace):
         generations = f"{settings.max_generations} generations of {settings.population_size}"
         say(f"{data.source}: {len(data.train):,} training tokens. {budget_text(settings)} a trial on {name}, "
             f"{generations}. Results in {record.path}\n")  # fmt: skip
-        evolve(record, settings, data, pool or stack.enter_context(Pool(data, settings, device, out)))
+        evolve(record, settings, data, pool or stack.enter_context(Pool(data, settings, device, out)), args.minutes)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2425,6 +2425,28 @@ def test_a_slow_repeat_has_a_note_in_the_record(toys, free_params, source, tmp_p
     assert evolve.next_tasks(rows, s, 300) == []
 
 
+def test_a_run_ends_in_time_and_goes_on(toys, free_params, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evolve, "picture", lambda *_: b"a picture")
+    s = tiny(max_params=10**9, baseline_trials=0, finalists=0)
+    with Record(tmp_path) as record, evolve.Pool(source, s, torch.device("cpu"), tmp_path) as pool:
+        record.begin(evolve.describe_run(s, source, "cpu"))
+        real = evolve.in_time
+
+        def six_in_all(tasks, *rest):
+            return itertools.islice(real(tasks, *rest), 6 - len(record.rows))
+
+        monkeypatch.setattr(evolve, "in_time", six_in_all)
+        evolve.evolve(record, s, source, pool, minutes=99)
+        assert (
+            len(record.rows) == 6 and "--minutes 99: no other evaluation would end in time" in capsys.readouterr().out
+        )
+        monkeypatch.setattr(evolve, "in_time", real)
+        evolve.evolve(record, s, source, pool, minutes=1e-9)
+        assert len(record.rows) == 6, "nothing is begun"
+        evolve.evolve(record, s, source, pool)
+        assert len(record.rows) == 3 * s.population_size and not evolve.next_tasks(record.rows, s, 300)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The final
 

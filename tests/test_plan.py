@@ -11,6 +11,7 @@ import random
 import statistics
 import types
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1558,3 +1559,47 @@ def test_without_baselines_the_final_has_finalists_alone():
     evolve.end_text(rows, s, VOCAB)
     assert evolve.best_genome(rows, {}, s, evolve.outcome(rows, s, VOCAB))["stage"] == "final"
     assert evolve.picture(rows, "no rival", {}, evolve.outcome(rows, s, VOCAB), s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --minutes
+
+
+def admitted(tasks, rows, s: Settings, left: float, monkeypatch, gpus: int = 1, done=lambda task: True) -> list[Task]:
+    """The tasks that are begun with so many seconds left, each of which takes as long as it should."""
+    now, begun, rows = [0.0], [], list(rows)
+    monkeypatch.setattr(evolve.time, "monotonic", lambda: now[0])
+    for t in evolve.in_time(tasks, rows, s, SimpleNamespace(gpus=gpus), left + evolve.SPARE):
+        begun.append(t)
+        if done(t):
+            row = fake(t, seconds=10.0 * t.budget, outside=2.0)
+            now[0] += (row.seconds + row.outside) / gpus
+            rows.append(row)
+    return begun
+
+
+def test_no_trial_is_begun_that_cannot_end(monkeypatch):
+    s = small(token_budget=0, time_budget=10.0, population_size=8)
+    tasks = evolve.breed([], 0, s, VOCAB)
+    known = [fake(tasks[0], seconds=10.0, outside=2.0)]
+    for left, n in ((11.9, 0), (12.1, 1), (35.9, 2), (36.1, 3), (1e9, 8)):
+        assert admitted(tasks, known, s, left, monkeypatch) == tasks[:n]
+        waits = admitted(tasks, known, s, left, monkeypatch, done=lambda task: False)
+        assert waits == tasks[:n], "what is under way counts"
+    assert len(admitted(tasks, known, s, 24.1, monkeypatch, gpus=2)) == 4
+    longer = [dataclasses.replace(t, budget=4.0) for t in tasks]
+    assert len(admitted(longer, known, s, 85.0, monkeypatch)) == 2
+    by_tokens = small(population_size=8)
+    assert len(admitted(tasks, known, by_tokens, 25.0, monkeypatch)) == 2, "as long as those before took"
+
+
+@pytest.mark.parametrize("stage", ["final", "long", "passes"])
+def test_the_candidates_of_a_seed_are_trained_together_or_not_at_all(monkeypatch, stage):
+    s = small(token_budget=0, time_budget=10.0)
+    nets = [task(NET, id=f"g0.0{i}") for i in range(3)]
+    tasks = [
+        dataclasses.replace(t, stage=stage, generation=None, seed=seed, order=seed) for seed in range(3) for t in nets
+    ]
+    known = [fake(nets[0], seconds=10.0, outside=2.0)]
+    assert [len(admitted(tasks, known, s, left, monkeypatch)) for left in (35, 37, 71, 73, 109)] == [0, 3, 3, 6, 9]
+    assert len(admitted(tasks[2:], known, s, 30, monkeypatch)) == 1, "what is left of a seed"
