@@ -1284,6 +1284,10 @@ class Genome:
         own = {name: getattr(self, name) for name in GENOME_TRAITS}
         return json.dumps({**own, "genes": [gene.to_dict() for gene in self.genes]})
 
+    def __reduce__(self):
+        """Pickled by its text: another thread may just then be adding to what is cached here."""
+        return Genome.from_json, (self.to_json(),)
+
     @classmethod
     @functools.cache  # a run reads the genomes of its whole record again and again; each takes 8 KB, its text 2 KB
     def from_json(cls, text: str) -> Genome:
