@@ -271,6 +271,10 @@ class Result:
     bpb_middle: float | None = None
     bpb_last: float | None = None
     test_bpb: float | None = None  # bits per byte on test, read by the final and what follows it
+    induction: float | None = None  # see Trial.probe: of evaluations that read test, and for the report alone
+    recall_near: float | None = None
+    recall_middle: float | None = None
+    recall_far: float | None = None
     params: int | None = None
     tokens: int | None = None  # trained on
     passes: float | None = None  # over the training text that it sees
@@ -329,6 +333,7 @@ MOMENTUM_STEPS = 300  # over so many steps
 EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 BF16_CAPABILITY = (8, 0)  # the first with bfloat16 in its matrix units (Ampere)
+RECALL_SHARES = (1 / 32, 1 / 8, 1 / 2)  # of the window: how far back a key stands that is asked for again
 CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
 # The hurdle looks at a newcomer after these tenths of its budget, and lets so many times HURDLE of the best go on.
 RUNGS = ((3, 2.0), (5, 1.0))
@@ -633,6 +638,42 @@ class Trial:
         sizes = dict(seq_len=s.seq_len, rows=self.rows, max_tokens=s.eval_tokens)
         return prepare.bits_per_byte(self.scored_losses, tokens, self.data.token_bytes, **sizes)
 
+    def probe(self) -> list[float | None]:
+        """How much the model copies from its context, in nats per token: below zero where it does.
+
+        Induction (Olsson et al. 2022): the loss on random tokens that stand there again after half a window, minus the
+        first time. Recall (Arora et al. 2023): pairs of random tokens are put into windows of val, and once more at
+        each of RECALL_SHARES further on; the loss on the second of a pair, minus the first time. None where windows are
+        too short for that. As many tokens each as a step has, in the shape that is compiled.
+        """
+        T, device, changes = self.settings.seq_len, self.data.val.device, collections.defaultdict(list)
+        if T < 4:
+            return [None] * (1 + len(RECALL_SHARES))
+        generator, half = torch.Generator().manual_seed(self.task.seed), T // 2
+        batches = prepare.Batches(self.data.val, T, self.task.seed)
+
+        def drawn(n: int) -> torch.Tensor:
+            return torch.randint(self.data.vocab_size, (self.rows, n), generator=generator).to(device)
+
+        def losses(tokens: torch.Tensor) -> torch.Tensor:  # (rows, T + 1) -> (rows, T)
+            return self.scored_losses(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).float()
+
+        for step in range(self.micro_steps):
+            tokens = torch.cat([drawn(half).repeat(1, 2), drawn(T + 1 - 2 * half)], 1)
+            nats = losses(tokens)  # at t for token t + 1
+            changes[0].append(nats[:, half : 2 * half - 1] - nats[:, : half - 1])
+            idx, targets = batches(torch.tensor(step * self.rows, device=device), self.rows)
+            for n, share in enumerate(RECALL_SHARES, start=1):
+                apart = max(2, int(T * share))
+                pairs = max(1, min(16, apart // 4))
+                again = half + torch.arange(pairs, device=device) * (apart // pairs)  # where a key stands once more
+                tokens = torch.cat([idx, targets[:, -1:]], 1)
+                for offset in (0, 1):
+                    tokens[:, again - apart + offset] = tokens[:, again + offset] = drawn(pairs)
+                nats = losses(tokens)
+                changes[n].append(nats[:, again] - nats[:, again - apart])
+        return [torch.cat(own).mean().item() for own in changes.values()]
+
     def sees_the_future(self) -> bool:
         """Whether what was trained predicts otherwise when later tokens are replaced, at the length that was trained.
 
@@ -681,6 +722,8 @@ class Trial:
             if math.isfinite(val_bpb) and math.isfinite(test_bpb or 0.0):
                 result.val_bpb, result.test_bpb = val_bpb, test_bpb
                 result.bpb_first, result.bpb_middle, result.bpb_last = thirds
+                if self.task.test:
+                    result.induction, result.recall_near, result.recall_middle, result.recall_far = self.probe()
             else:
                 result.status = "diverged"
         if self.on_gpu:
