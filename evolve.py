@@ -1369,12 +1369,8 @@ class Record:
         folder = next(out / "runs" / n for n in names if not (out / "runs" / n).exists())
         with errors_named(folder, f"The run in {self.path} cannot be moved there; use --out DIR"):
             folder.mkdir(parents=True)
-            for file in (
-                "best_genome.json",
-                "progress.png",
-                "report.md",
-                "results.tsv",
-            ):  # the record last: it makes it a run
+            files = ("best_genome.json", "progress.png", "report.md", "results.tsv")
+            for file in files:  # the record last: it makes it a run
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(out / file, folder / file)
         self.header, self.rows = None, []

@@ -320,6 +320,24 @@ def test_descent_is_one_line_by_first_parents():
     assert [r.id for r in evolve.descent(rows, "g2.01")] == ["g2.01"] and evolve.descent(rows, "no such") == []
 
 
+def test_the_picture_shows_the_line_of_descent_and_the_front(run):
+    from matplotlib.figure import Figure
+
+    s, rows = run
+    search = [r for r in evolve.of_stage(rows, "search") if r.status == "ok"]
+    line = evolve.descent(rows, evolve.leader(rows, evolve.outcome(rows, s, 300)).id)
+    axis = Figure().subplots()
+    evolve.draw_scores(axis, rows, search, [0, 1, 2], 2, {}, line)
+    (drawn,) = [drawn for drawn in axis.lines if drawn.get_label() == "the winner's line of descent"]
+    means = {c.id: c.mean for c in evolve.searched(rows)}
+    assert list(drawn.get_xdata()) == [r.generation for r in line if r.id in means]
+    assert list(drawn.get_ydata()) == [means[r.id] for r in line if r.id in means]
+    axis = Figure().subplots()
+    evolve.draw_costs(axis, rows, search, (0.0, 9.0))
+    (rings,) = [dots for dots in axis.collections if dots.get_label().startswith("on the front")]
+    assert sorted(y for _, y in rings.get_offsets()) == sorted(c.first.val_bpb for c in evolve.unbeaten(rows))
+
+
 def test_changes_between_genomes():
     a = Genome((Gene("norm"), Gene("attention", 64, skip=2), Gene("norm"), Gene("gate", 64, skip=2)), embed_dim=64)
     more = Gene("shift", skip=1)
