@@ -5,10 +5,12 @@
     uv run evolve.py --train best_genome.json --time-budget 120 --save model.safetensors
                                          train one design, let it write, and keep its weights
     uv run evolve.py --write model.safetensors --prompt "The moon"      let a saved model write
+    uv run evolve.py --ablate best_genome.json      train it without each of its parts: what are they worth?
+    uv run evolve.py --report DIR                   write the report of any record once more
 
 Reads the tokens that prepare.py wrote (and prepares them first where there are none). Writes results.tsv, one line per
-evaluation; everything else (what is evaluated next, best_genome.json, progress.png) is a function of its rows. Every
-constant below is also a flag: TIME_BUDGET = 30 is --time-budget 30.
+evaluation; everything else (what is evaluated next, report.md, progress.png, best_genome.json) is a function of its
+rows. Every constant below is also a flag: TIME_BUDGET = 30 is --time-budget 30.
 
 The file is a row of rooms, and each knows only those before it:
 
@@ -108,6 +110,7 @@ FINALISTS: CountOr0 = 3  # best genomes of the search in it, beside the best des
 FINAL_SEEDS: Several = 5  # times that each is trained again
 LONG_FACTOR: Above1 = 4.0  # times the budget, in the second step, where designs may grow
 LONG_SEEDS: SeveralOr0 = 3  # times that each is trained in the second step; 0: no second step
+ABLATION_SEEDS: Several = 3  # times that --ablate trains a design without each of its parts
 # The machine
 WORKERS: CountOr0 = 0  # processes: one trains, the others compile; 0: as many as cores and memory carry; on a CPU one
 DEADLINE: Count = 300  # seconds that building and compiling may take; training and scoring: plus twice the budget
@@ -115,11 +118,12 @@ DEADLINE: Count = 300  # seconds that building and compiling may take; training 
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
     population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=5, token_budget=8_192,
     max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=8_192, finalists=1, final_seeds=2, long_factor=2.0,
-    long_seeds=2,
+    long_seeds=2, ablation_seeds=2,
 )  # fmt: skip
 # what may change within a run
 MAY_CHANGE = (
-    "max_generations", "baseline_trials", "finalists", "final_seeds", "long_factor", "long_seeds", "workers", "deadline"
+    "max_generations", "baseline_trials", "finalists", "final_seeds", "long_factor", "long_seeds", "ablation_seeds",
+    "workers", "deadline",
 )  # fmt: skip
 
 HINTS = typing.get_type_hints(sys.modules[__name__], include_extras=True)  # of the constants: no other name has one
@@ -157,6 +161,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--write", metavar="FILE", help="let a model write that --save kept")
     add("--scale", type=float, default=1.0, metavar="N", help="how many times as wide --train makes the design")
     add("--deeper", type=int, default=0, metavar="N", help="how many times more --train repeats its repeated blocks")
+    add("--ablate", metavar="FILE", help="train the genome in a file without each of its parts")
+    add("--report", metavar="DIR", help="write report.md of the record in a folder, whoever made it")
     add("--prompt", default="The history of science", help="what --train and --write go on from")
     comments = dict(re.findall(r"^([A-Z_]+): .+? = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for name, default in CONSTANTS.items():
@@ -207,22 +213,27 @@ from tqdm import tqdm  # noqa: E402
 
 from genome import (  # noqa: E402
     FAMILIES,
+    GENOME_TRAITS,
     LEVELS,
     MAX_GENES,
     MAX_SEQ_LEN,
     MAX_WIDTH,
     OPS,
     WIDTHS,
+    WIRING,
     Gene,
     Genome,
     GenomeError,
     Model,
+    choices_in,
     crossover,
+    folded,
     grown,
     mutate,
     op_problem,
     random_genome,
     scaled,
+    without_a_part,
 )
 from prepare import say  # noqa: E402
 
@@ -278,6 +289,10 @@ class Result:
     bpb_middle: float | None = None
     bpb_last: float | None = None
     test_bpb: float | None = None  # bits per byte on test, read by the final and what follows it
+    induction: float | None = None  # see Trial.probe: of evaluations that read test, and for the report alone
+    recall_near: float | None = None
+    recall_middle: float | None = None
+    recall_far: float | None = None
     params: int | None = None
     tokens: int | None = None  # trained on
     passes: float | None = None  # over the training text that it sees
@@ -316,7 +331,8 @@ class Result:
 
     def loss_of(self, tenth: int) -> float:
         """The mean training loss of the first, second, ... tenth of the budget; inf where there is none."""
-        loss = self.curve[tenth - 1] if self.losses else math.nan
+        curve = self.curve
+        loss = curve[tenth - 1] if len(curve) >= tenth else math.nan
         return math.inf if math.isnan(loss) else loss
 
     @property
@@ -336,6 +352,7 @@ MOMENTUM_STEPS = 300  # over so many steps
 EMBED_LR, HEAD_LR, VECTOR_LR = 0.2, 0.004, 0.01  # of AdamW; the first two times sqrt(768 / width)
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 BF16_CAPABILITY = (8, 0)  # the first with bfloat16 in its matrix units (Ampere)
+RECALL_SHARES = (1 / 32, 1 / 8, 1 / 2)  # of the window: how far back a key stands that is asked for again
 CURVE = 10  # points of the loss curve kept with each evaluation, each the mean over a tenth of the budget
 # The hurdle looks at a newcomer after these tenths of its budget, and lets so many times HURDLE of the best go on.
 RUNGS = ((3, 2.0), (5, 1.0))
@@ -640,6 +657,42 @@ class Trial:
         sizes = dict(seq_len=s.seq_len, rows=self.rows, max_tokens=s.eval_tokens)
         return prepare.bits_per_byte(self.scored_losses, tokens, self.data.token_bytes, **sizes)
 
+    def probe(self) -> list[float | None]:
+        """How much the model copies from its context, in nats per token: below zero where it does.
+
+        Induction (Olsson et al. 2022): the loss on random tokens that stand there again after half a window, minus the
+        first time. Recall (Arora et al. 2023): pairs of random tokens are put into windows of val, and once more at
+        each of RECALL_SHARES further on; the loss on the second of a pair, minus the first time. None where windows are
+        too short for that. As many tokens each as a step has, in the shape that is compiled.
+        """
+        T, device, changes = self.settings.seq_len, self.data.val.device, collections.defaultdict(list)
+        if T < 4:
+            return [None] * (1 + len(RECALL_SHARES))
+        generator, half = torch.Generator().manual_seed(self.task.seed), T // 2
+        batches = prepare.Batches(self.data.val, T, self.task.seed)
+
+        def drawn(n: int) -> torch.Tensor:
+            return torch.randint(self.data.vocab_size, (self.rows, n), generator=generator).to(device)
+
+        def losses(tokens: torch.Tensor) -> torch.Tensor:  # (rows, T + 1) -> (rows, T)
+            return self.scored_losses(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).float()
+
+        for step in range(self.micro_steps):
+            tokens = torch.cat([drawn(half).repeat(1, 2), drawn(T + 1 - 2 * half)], 1)
+            nats = losses(tokens)  # at t for token t + 1
+            changes[0].append(nats[:, half : 2 * half - 1] - nats[:, : half - 1])
+            idx, targets = batches(torch.tensor(step * self.rows, device=device), self.rows)
+            for n, share in enumerate(RECALL_SHARES, start=1):
+                apart = max(2, int(T * share))
+                pairs = max(1, min(16, apart // 4))
+                again = half + torch.arange(pairs, device=device) * (apart // pairs)  # where a key stands once more
+                tokens = torch.cat([idx, targets[:, -1:]], 1)
+                for offset in (0, 1):
+                    tokens[:, again - apart + offset] = tokens[:, again + offset] = drawn(pairs)
+                nats = losses(tokens)
+                changes[n].append(nats[:, again] - nats[:, again - apart])
+        return [torch.cat(own).mean().item() for own in changes.values()]
+
     def sees_the_future(self) -> bool:
         """Whether what was trained predicts otherwise when later tokens are replaced, at the length that was trained.
 
@@ -688,6 +741,8 @@ class Trial:
             if math.isfinite(val_bpb) and math.isfinite(test_bpb or 0.0):
                 result.val_bpb, result.test_bpb = val_bpb, test_bpb
                 result.bpb_first, result.bpb_middle, result.bpb_last = thirds
+                if self.task.test:
+                    result.induction, result.recall_near, result.recall_middle, result.recall_far = self.probe()
             else:
                 result.status = "diverged"
         if self.on_gpu:
@@ -1466,6 +1521,9 @@ def read_results(content: bytes) -> tuple[dict, list[str], list[Result]]:
             row = from_cells(of_today(dict(zip(columns, line.split("\t"), strict=True)), header))
             Genome.from_json(row.genome)
             earlier = attempts[row.evaluation]
+            _ = row.curve  # raises on what is no number
+            if row.stage == "search" and row.generation is None:
+                raise ValueError("an evaluation of the search without a generation")
             if row.status not in STATUSES:
                 raise ValueError(f"no status is called {row.status!r}")
             if (row.status == "ok") != (row.val_bpb is not None and math.isfinite(row.val_bpb)):
@@ -1575,7 +1633,8 @@ class Record:
         folder = next(out / "runs" / n for n in names if not (out / "runs" / n).exists())
         with errors_named(folder, f"The run in {self.path} cannot be moved there; use --out DIR"):
             folder.mkdir(parents=True)
-            for file in ("best_genome.json", "progress.png", "results.tsv"):  # the record last: it makes it a run
+            files = ("best_genome.json", "progress.png", "report.md", "results.tsv")
+            for file in files:  # the record last: it makes it a run
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(out / file, folder / file)
         self.header, self.rows = None, []
@@ -1700,6 +1759,7 @@ def describe_run(settings: Settings, data: prepare.Dataset, device: str) -> dict
 
 SEEDS = 100_000  # of evaluations, for one SEED: from 0 for the search and the baselines,
 FINAL, LONG = SEEDS // 2, SEEDS * 3 // 4  # from here for the final and for its second step
+ABLATION = SEEDS * 7 // 8  # and from here for what --ablate asks for
 LINE = 5  # sizes that the tuning of a family begins with
 GROWN = 2  # steps at most by which a finalist grows for the long final
 TARGET_AT = (0.25, 0.375, 0.5, 0.75)  # shares of the budget at which the winner is scored, for the time that it needs
@@ -1722,6 +1782,7 @@ class Candidate:
         return statistics.fmean(self.scores)
 
 
+@functools.lru_cache(maxsize=100_000)
 def in_order(id: str) -> list:
     """A key that sorts g2.01 before g10.01."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", id)]
@@ -1973,13 +2034,14 @@ def lineages(known: list[Candidate], settings: Settings) -> Draw:
     return tournament(kept)
 
 
-def near_best(known: list[Candidate], settings: Settings) -> list[Candidate]:
-    return [c for i, c in enumerate(known) if c.mean <= known[0].mean + MARGIN or i < settings.survivors]
+def near_best(known: list[Candidate], least: int = 1) -> list[Candidate]:
+    """Those within MARGIN of the best, so many at least."""
+    return [c for i, c in enumerate(known) if i < least or c.mean <= known[0].mean + MARGIN]
 
 
 def novelty(known: list[Candidate], settings: Settings) -> Draw:
     """A tournament by the mean distance to the most similar others (Lehman & Stanley 2011)."""
-    far, pool = {}, near_best(known, settings)
+    far, pool = {}, near_best(known, settings.survivors)
     for c in pool:
         away = sorted(gene_distance(c.genome, other.genome) for other in known if other is not c)
         far[c.id] = statistics.fmean(away[:NEIGHBOURS] or [0.0])
@@ -2032,7 +2094,7 @@ def objectives(c: Candidate) -> tuple[float, ...]:
 
 def pareto(known: list[Candidate], settings: Settings) -> Draw:
     """Of two the one in the better front, or the less crowded (Deb et al. 2002, NSGA-II)."""
-    pool = near_best(known, settings)
+    pool = near_best(known, settings.survivors)
     points = [objectives(c) for c in pool]
     front = fronts(points)
     rank = list(zip(front, (-apart for apart in crowding(points, front)), strict=True))
@@ -2322,13 +2384,13 @@ def finalists(rows: list[Result], settings: Settings) -> list[Candidate]:
 
 def final_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """The final: the finalists and the best design of each family, at the search's own budget, with fresh seeds."""
-    if not finalists(rows, settings):
-        return []
+    best = finalists(rows, settings)
+    chosen = [*best, *best_baselines(rows)] if best else []
     first = settings.seed * SEEDS + FINAL  # seeds that the search never used, the same for all
     return [
         Task("final", c.id, c.genome, first + n, first + n, test=True)
         for n in range(settings.final_seeds)
-        for c in [*finalists(rows, settings), *best_baselines(rows)]
+        for c in chosen
     ]
 
 
@@ -2481,8 +2543,23 @@ def next_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[
     return next((tasks for stage in STAGES.values() if (tasks := stage(rows, settings, vocab_size))), [])
 
 
+def ablation_tasks(rows: list[Result], genome: Genome, settings: Settings) -> list[Task]:
+    """What --ablate still wants: a design whole and without each of its parts, ABLATION_SEEDS times each.
+
+    Beside the plan: a stage that next_tasks neither asks for nor looks at. Ids are keys, as the file that names the
+    design may be of another run.
+    """
+    first = settings.seed * SEEDS + ABLATION
+    tasks = []
+    for n in range(first, first + settings.ablation_seeds):
+        tasks.append(Task("ablate", genome.key, genome, n, n, operator="whole"))
+        for what, less in without_a_part(genome).items():
+            tasks.append(Task("ablate", less.key, less, n, n, parents=(genome.key,), operator=what))
+    return missing(tasks, rows, attempts=2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The report: texts, best_genome.json and progress.png, all of them functions of the rows.
+# The report: texts, best_genome.json, progress.png and report.md, all of them functions of the rows.
 
 T_95 = (  # by degrees of freedom, from 1
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -2506,15 +2583,25 @@ def estimate(values) -> Estimate:
     values = tuple(values)
     if len(values) < 2:
         return Estimate(values[0], None, values)
-    t = T_95[len(values) - 2] if len(values) <= 31 else 1.96 + 2.4 / (len(values) - 1)
-    return Estimate(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)), values)
+    half = student(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(statistics.fmean(values), half, values)
+
+
+def student(n: int) -> float:
+    """How many standard errors half a 95 % interval is, of n values."""
+    return T_95[n - 2] if n <= 31 else 1.96 + 2.4 / (n - 1)
+
+
+def deviation(groups) -> float | None:
+    """Pooled standard deviation within groups of values; None where none has two."""
+    groups = [g for g in groups if len(g) > 1]
+    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups)
+    return math.sqrt(squares / sum(len(g) - 1 for g in groups)) if groups else None
 
 
 def noise_floor(rows: list[Result]) -> float | None:
     """Pooled standard deviation between evaluations of one genome, in bits per byte; None before there are two."""
-    groups = [c.scores for c in searched(rows) if len(c.scores) > 1]
-    squares = sum(statistics.variance(g) * (len(g) - 1) for g in groups)
-    return math.sqrt(squares / sum(len(g) - 1 for g in groups)) if groups else None
+    return deviation(c.scores for c in searched(rows))
 
 
 @dataclass(frozen=True)
@@ -2537,10 +2624,10 @@ def standings(rows: list[Result], tasks: list[Task]) -> list[Standing]:
     for id, results in order.items():
         ok, leads = [r for r in results if r.status == "ok"], {}
         for name in baselines if id not in baselines else ():
-            pairs = [(theirs, own) for theirs, own in zip(order[name], results, strict=True)
-                     if theirs.status == own.status == "ok"]  # fmt: skip
+            theirs = {r.seed: r for r in order[name]}
+            pairs = [(theirs[own.seed], own) for own in ok if own.seed in theirs and theirs[own.seed].status == "ok"]
             if pairs:
-                leads[name] = estimate(theirs.test_bpb - own.test_bpb for theirs, own in pairs)
+                leads[name] = estimate(other.test_bpb - own.test_bpb for other, own in pairs)
         test, val = estimate(r.test_bpb for r in ok), estimate(r.val_bpb for r in ok)
         passes = statistics.fmean(r.passes or 0 for r in ok)
         table.append(Standing(id, Genome.from_json(ok[0].genome), test, val, passes, len(results) - len(ok), leads))
@@ -2652,10 +2739,15 @@ def leaders_by_generation(rows: list[Result], n: int) -> list[set[str]]:
     by_generation = collections.defaultdict(list)
     for row in of_stage(rows, "search"):
         by_generation[row.generation].append(row)
-    met, leaders = [], []
+    own, known, leaders = collections.defaultdict(list), {}, []
     for generation in range(max(by_generation, default=-1) + 1):
-        met += by_generation[generation]
-        leaders.append({c.id for c in candidates(met)[:n]})
+        for row in by_generation[generation]:
+            own[row.id].append(row)
+        changed = {row.id for row in by_generation[generation]}
+        known = {id: c for id, c in known.items() if id not in changed}
+        known |= {c.id: c for c in candidates([row for id in changed for row in own[id]])}
+        best = sorted(known.values(), key=lambda c: (c.mean, in_order(c.id)))
+        leaders.append({c.id for c in best[:n]})
     return leaders
 
 
@@ -2694,20 +2786,6 @@ def stage_text(rows: list[Result], settings: Settings, task: Task) -> str:
     return "  ".join(parts) + "\n"
 
 
-def table_text(table: list[Standing], before: dict[str, float]) -> list[str]:
-    """A final in lines. before: what its designs scored in the search or as baselines, which chose them."""
-    baselines = [s.id for s in table if family_of(s.id)]
-    lead = f"lead over {', over '.join(baselines)} on test" if baselines else ""
-    lines = [f"{'':<24}{'test':>18}{'val':>18}{'val before':>12}{'passes':>8}   {lead}"]
-    for s in table:
-        chosen = f"{before[s.id]:.4f}" if s.id in before else ""
-        failed = f"   ({s.failed} failed)" if s.failed else ""
-        leads = ", ".join(str(s.leads.get(name, "?")) for name in baselines) if s.leads else ""
-        lines.append(f"{s.id:<24}{s.test!s:>18}{s.val!s:>18}{chosen:>12}{s.passes:>8.1f}   {leads}{failed}")
-        lines.append(f"    {s.genome.summary}")
-    return lines
-
-
 def budget_times(settings: Settings, factor: float) -> str:
     """A share or a multiple of the budget in words."""
     if settings.token_budget:
@@ -2727,68 +2805,16 @@ def target_text(o: Outcome, settings: Settings) -> str:
     return f"{o.winner.id} needs {least}{budget_times(settings, share.mean)} for {what}: {share} of the time"
 
 
-def final_text(o: Outcome, rows: list[Result], settings: Settings) -> str:
-    before = {c.id: c.mean for c in [*searched(rows), *candidates(of_stage(rows, "baseline"))]}
-    once, longer = (budget_times(settings, factor) for factor in (1, settings.long_factor))
-    lines = [
-        f"\nThe final: {once}, {settings.final_seeds} fresh seeds each, ranked by val, 95 % intervals, bits per byte"
-    ]
-    lines += ["", *table_text(o.final, before), "", target_text(o, settings)]
-    if o.long:
-        lines += [f"\nDoes the lead last? {longer}, {settings.long_seeds} fresh seeds each; +1 is grown by one step\n"]
-        lines += table_text(o.long, {})
-        lines += [f"{name} was not tried: {why}" for name, why in o.too_large.items()]
-    if o.passes:
-        share = f"{1 / settings.long_factor:.0%} of the text"
-        seeds = min(settings.long_seeds, settings.final_seeds)
-        lines += [f"\nIs it that the text is seen more often? {once} on {share}, {seeds} seeds each\n"]
-        lines += table_text(o.passes, {})
-    return "\n".join(lines)
-
-
-def lineage_text(rows: list[Result], name: str) -> str:
-    lines = [f"{r.id:<8}{score_text(r.val_bpb):>8}  {r.operator:<24}  {r.summary}" for r in lineage(rows, name)]
-    return "\n".join([f"\nHow {name} came to be\n", *lines])
-
-
-def ops_text(rows: list[Result], winner: Genome, settings: Settings) -> str:
-    """What became of every op: in how many newcomers it was, until when in one of the best, how often in the winner."""
-    newcomers = {r.id: Genome.from_json(r.genome).ops for r in rows if r.is_newcomer}
-    leaders = leaders_by_generation(rows, settings.survivors)
-    until = {op: g for g, ids in enumerate(leaders) for id in ids for op in newcomers.get(id, ())}
-    lines = [f"\n{'':<12}of {len(newcomers)} newcomers in   among the best {settings.survivors}   times in the winner"]
-    for op in OPS:
-        when = until.get(op)
-        when = "never" if when is None else "to the end" if when == len(leaders) - 1 else f"until generation {when}"
-        lines.append(f"{op:<12}{sum(op in ops for ops in newcomers.values()):>19}   {when:<20}"
-                     f"{winner.ops.count(op):>16}")  # fmt: skip
-    return "\n".join(lines)
-
-
-def hurdle_text(rows: list[Result], settings: Settings) -> str:
-    """What the hurdle saved, and how often it would have stopped a survivor: some that miss it run on all the same."""
-    newcomers, leaders = [r for r in rows if r.is_newcomer], leaders_by_generation(rows, settings.survivors)
-    stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
-    survived = sum(row.id in leaders[row.generation] for row in spared)
-    # tenths without a loss, and the one that had just begun
-    left = sum(sum(map(math.isnan, row.curve)) + 1 for row in stopped) / CURVE
-    saved = left / max(1, len(of_stage(rows, "search")))
-    return (f"\nhurdle: {len(stopped)} of {len(newcomers)} newcomers stopped, {saved:.0%} of all training saved; "
-            f"{len(spared)} that missed it ran on, {survived} of them to survive")  # fmt: skip
-
-
-def end_text(rows: list[Result], settings: Settings, vocab_size: int) -> str:
-    """What came of a run that is finished."""
+def end_text(rows: list[Result], settings: Settings, vocab_size: int, controls: Controls) -> str:
+    """What came of a run that is finished, in short."""
     o = outcome(rows, settings, vocab_size)
     if o.winner is None:
         best = next(iter(searched(rows)), None)
         if best and not settings.finalists:
             return f"\nThe best of the search is {best.id}, {best.mean:.4f}; FINALISTS = 0: no final confirms it"
         return "\nNo genome was scored in a final; see the status column of results.tsv"
-    texts = [final_text(o, rows, settings), lineage_text(rows, o.winner.id), ops_text(rows, o.winner.genome, settings)]
-    return "\n".join(
-        [*texts, *([hurdle_text(rows, settings)] if settings.hurdle < 1 and settings.strategy != "drift" else [])]
-    )
+    return "\n".join(["", *answer(rows, settings, controls, o), "", "report.md tells the rest, progress.png shows it, "
+                      "best_genome.json is the design"])  # fmt: skip
 
 
 def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome) -> dict | None:
@@ -2868,7 +2894,9 @@ def picture(rows: list[Result], title: str, controls: Controls, o: Outcome, sett
         axes = figure.subplot_mosaic([row.split() for row in panels], height_ratios=list(panels.values()))
         if o.winner:
             draw_leads(axes["lead"], o, settings)
-        draw_scores(axes["better"], rows, ok, generations, last, controls)
+        best = leader(rows, o)
+        line = descent(rows, best.id) if best else []
+        draw_scores(axes["better"], rows, ok, generations, last, controls, line)
         draw_ops(axes["made"], ok, last)
         draw_costs(axes["cost"], rows, ok, axes["better"].get_ylim())
         for name in ("better", "made"):
@@ -2897,8 +2925,10 @@ def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
     return [best[g] if g <= last and best[g] < math.inf else math.nan for g in generations]
 
 
-def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int, controls: Controls):
-    """Every evaluation, the best and the median, and what controls and baselines reach.
+def draw_scores(
+    axis, rows, ok: list[Result], generations: list[int], last: int, controls: Controls, line: list[Result] = ()
+):
+    """Every evaluation, the best and the median, what controls and baselines reach, and the winner's line of descent.
 
     The axis ends above the best lines of this seed and three quarters of the evaluations; those above stand at its end.
     """
@@ -2929,6 +2959,10 @@ def draw_scores(axis, rows, ok: list[Result], generations: list[int], last: int,
     median = [statistics.median(scores[g]) for g in generations]
     axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation", **point)
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations", **point)
+    means = {c.id: c.mean for c in searched(rows)}
+    if known := [r for r in line if r.id in means]:
+        x, y = [r.generation for r in known], [means[r.id] for r in known]
+        axis.plot(x, y, color=COLOURS[7], lw=1, marker="o", ms=4, mfc="none", label="the winner's line of descent")
     for (strategy, line), color in zip(strategies.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
         axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
     label = "best so far, other seeds"
@@ -2985,7 +3019,12 @@ def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, 
     if baselines:
         x, y = [(r.params or 0) / 1e6 for r in baselines], [r.val_bpb for r in baselines]
         axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="baselines")
-        axis.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    beaten_by_none = [c for c in unbeaten(rows) if c.mean <= limits[1]]
+    x, y = [(c.first.params or 0) / 1e6 for c in beaten_by_none], [c.first.val_bpb for c in beaten_by_none]
+    axis.scatter(
+        x, y, s=50, facecolors="none", edgecolors=COLOURS[7], lw=1, label="on the front: score, size, speed, memory"
+    )
+    axis.legend(fontsize=10, loc="upper center", ncol=2, bbox_to_anchor=(0.5, -0.14))
     axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
 
 
@@ -3011,23 +3050,764 @@ def draw_leads(axis, o: Outcome, settings: Settings):
     axis.set(title=f"Does the lead last?{faster}", xlabel="lead on test in bits per byte (higher is better)")
 
 
+# report.md: what happened in a run and what of it to believe, from its rows and those of its controls alone.
+#
+# A record may be anybody's. What it says in words is made harmless once, where it enters, and its genomes were checked
+# when they were read: everything after that writes Markdown and Mermaid without looking back.
+
+ENOUGH = 40  # ancestors, or genomes of a front, that are shown; of more only the line of descent, or the best
+
+
+def harmless(text: object) -> str:
+    """Text on one line, with all that is markup in Markdown, HTML or Mermaid as character references."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    markup = r"[^\w .,:=/+()×→…-]|:(?=//)|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(markup, lambda found: f"&#{ord(found[0])};", f"{line[:200]}…" if len(line) > 200 else line)
+
+
+def harmless_row(row: Result) -> Result:
+    texts = ("id", "parents", "operator", "hurdle", "note", "key")
+    return dataclasses.replace(row, **{name: harmless(getattr(row, name)) for name in texts})
+
+
+def as_table(head: list[str], lines: list[list]) -> list[str]:
+    """A table in Markdown, columns of numbers to the right; None is a dash."""
+    cells = [["—" if cell is None else str(cell) for cell in line] for line in lines]
+    numbers = [not any(c.isalpha() for cell in column for c in cell) for column in zip(*cells, strict=True)]
+    rules = ["---:" if right else "---" for right in numbers]
+    return ["| " + " | ".join(line) + " |" for line in (head, rules, *cells)] + [""] if lines else []
+
+
+def mermaid(lines: list[str]) -> list[str]:
+    """A graph for GitHub to draw; character references are written otherwise there."""
+    return ["```mermaid", *(line.replace("&#", "#") for line in lines), "```", ""]
+
+
+def signed(e: Estimate | None) -> str | None:
+    return e and f"{'+' * (e.mean >= 0)}{e}"
+
+
+def average(values, digits: int) -> str | None:
+    known = [x for x in values if x is not None]
+    return f"{statistics.fmean(known):,.{digits}f}" if known else None
+
+
+# The numbers of the report.
+
+
+def ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The place of each value: the weight of all that are smaller, and half of that of its equals."""
+    return (weights * (values < values[:, None])).sum(1) + (weights * (values == values[:, None])).sum(1) / 2
+
+
+def rank_correlation(x, y, weights=None) -> float | None:
+    """Spearman's rank correlation, weighted where asked; None of fewer than three, or where all are alike."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=float)
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    a, b = (r - np.average(r, weights=w) for r in (ranks(x, w), ranks(y, w)))
+    return float((w * a * b).sum() / math.sqrt((w * a * a).sum() * (w * b * b).sum()))
+
+
+def clustered(groups: list[list[float]]) -> Estimate:
+    """The mean of values in groups that share something, as children do their parent, and the noise of its score.
+
+    The interval is bootstrapped over the groups (Efron 1979), and widened for few of them as Student's is.
+    """
+    values, n = tuple(itertools.chain(*groups)), len(groups)
+    if n < 2:
+        return Estimate(statistics.fmean(values), None, values)
+    sums, sizes = np.array([sum(g) for g in groups]), np.array([len(g) for g in groups])
+    drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=2_000)  # (samples, groups): how often each
+    deviation = (drawn @ sums / (drawn @ sizes)).std()
+    return Estimate(statistics.fmean(values), student(n) * deviation * math.sqrt(n / (n - 1)), values)
+
+
+def halfway_losses(rows: list[Result]) -> dict[tuple, float]:
+    """The half-way loss of each evaluation of the search, in nats per token, by evaluation.
+
+    Who was stopped before is taken at its last whole tenth, less what the losses of the others fell from there.
+    """
+    trained = [row for row in of_stage(rows, "search") if row.status in ("ok", "stopped")]
+    tenth = {row.evaluation: CURVE if row.status == "ok" else sum(not math.isnan(loss) for loss in row.curve) - 1
+             for row in trained}  # fmt: skip
+    whole = [row for row in trained if tenth[row.evaluation] >= 5 and row.halfway_loss < math.inf]
+
+    @functools.cache
+    def fall(since: int) -> float:
+        falls = [row.halfway_loss - row.loss_of(since) for row in whole if row.loss_of(since) < math.inf]
+        return statistics.fmean(falls) if falls else math.inf
+
+    losses = {}
+    for row in trained:
+        last = min(5, tenth[row.evaluation])
+        losses[row.evaluation] = row.loss_of(last) + (fall(last) if last < 5 else 0) if last > 0 else math.inf
+    return {evaluation: loss for evaluation, loss in losses.items() if loss < math.inf}
+
+
+class Step(NamedTuple):
+    """A newcomer beside its parent; of two parents the one whose genes are more alike."""
+
+    child: Result
+    parent: str
+    change: float | None  # its half-way loss minus the mean of the parent's; None where it has none
+    times: int  # evaluations in that mean
+    gained: frozenset[tuple]
+    lost: frozenset[tuple]
+
+
+def steps(rows: list[Result], losses: dict[tuple, float]) -> list[Step]:
+    """All newcomers with a parent whose half-way loss is known."""
+    own, genomes = collections.defaultdict(list), {}
+    for row in of_stage(rows, "search"):
+        genomes[row.id] = Genome.from_json(row.genome)
+        own[row.id] += [losses[row.evaluation]] if row.evaluation in losses else []
+    found = []
+    for row in rows:
+        parents = [name for name in row.parents.split(",") if row.is_newcomer and own.get(name)]
+        if parents:
+            genome = genomes[row.id]
+            parent = min(parents, key=lambda name: gene_distance(genomes[name], genome))
+            loss, before = losses.get(row.evaluation), statistics.fmean(own[parent])
+            parts_of, had = features(genome), features(genomes[parent])
+            change = None if loss is None else loss - before
+            found.append(Step(row, parent, change, len(own[parent]), parts_of - had, had - parts_of))
+    return found
+
+
+@functools.lru_cache(maxsize=10_000)
+def features(genome: Genome) -> frozenset[tuple]:
+    """Its ops, (op,), and what is not as usual: (op, trait, choice), of wiring "any", of the genome itself "genome"."""
+    usual = {"any": {**WIRING, "share": (False,)}, "genome": GENOME_TRAITS} | {n: op.traits for n, op in OPS.items()}
+    found = choices_in(genome) | {("genome", name, getattr(genome, name)) for name in GENOME_TRAITS}
+    return frozenset(f for f in found if len(f) == 1 or f[2] != usual[f[0]][f[1]][0])
+
+
+def feature_text(feature: tuple) -> str:
+    op, *choice = feature
+    return " ".join([*([op] if op not in ("any", "genome") else []), *(["{}={}".format(*choice)] if choice else [])])
+
+
+def halfway_noise(rows: list[Result], losses: dict[tuple, float]) -> float | None:
+    """Pooled standard deviation between the half-way losses of one genome; None before there are two."""
+    alike = collections.defaultdict(list)
+    for row in of_stage(rows, "search"):
+        alike[row.id] += [losses[row.evaluation]] if row.evaluation in losses else []
+    return deviation(alike.values())
+
+
+def mean_change(taken: list[tuple[Step, int]], noise: float | None) -> Estimate:
+    """The mean of changes, each with a sign, over parents; no surer than the noise of children and parents allows."""
+    groups, times = collections.defaultdict(list), {}
+    for step, sign in taken:
+        groups[step.parent].append(sign * step.change)
+        times[step.parent] = step.times
+    e = clustered(list(groups.values()))
+    if noise is None:
+        return e
+    variance = sum(len(own) + len(own) ** 2 / times[parent] for parent, own in groups.items()) / len(taken) ** 2
+    return dataclasses.replace(e, half=max(e.half or 0.0, 1.96 * noise * math.sqrt(variance)))
+
+
+def importance(taken: list[Step], noise: float | None) -> dict[tuple, Estimate]:
+    """What each feature is worth: the change of a child that gained it, or lost it, then with the other sign."""
+    found = collections.defaultdict(list)
+    for step in taken:
+        for sign, those in ((1, step.gained), (-1, step.lost)) if step.change is not None else ():
+            for feature in those:
+                found[feature].append((step, sign))
+    return {feature: mean_change(own, noise) for feature, own in found.items()}
+
+
+def association(rows: list[Result], losses: dict[tuple, float]) -> dict[tuple, float]:
+    """The half-way loss of the newcomers with a feature minus that of those without, within each generation.
+
+    A mean over the generations that have both, by how much each can say: n m / (n + m) for n with and m without.
+    """
+    by_generation = collections.defaultdict(list)
+    for row in rows:
+        if row.is_newcomer and row.evaluation in losses:
+            by_generation[row.generation].append((losses[row.evaluation], features(Genome.from_json(row.genome))))
+    sums, weights = collections.Counter(), collections.Counter()
+    for members in by_generation.values():
+        total = sum(loss for loss, _ in members)
+        n, own = collections.Counter(), collections.Counter()
+        for loss, those in members:
+            for feature in those:
+                n[feature] += 1
+                own[feature] += loss
+        for feature, count in n.items():
+            if rest := len(members) - count:
+                weight = count * rest / len(members)
+                sums[feature] += weight * (own[feature] / count - (total - own[feature]) / rest)
+                weights[feature] += weight
+    return {feature: sums[feature] / weights[feature] for feature in weights}
+
+
+def shape_of(row: Result) -> dict[str, float]:
+    """What a genome's loss may go with: depth (ops, norms aside), mean width, parameters and speed."""
+    nodes = [node for node in Genome.from_json(row.genome).network if node.gene.op not in ("norm", "identity")]
+    width = statistics.fmean(node.d_out for node in nodes) if nodes else 0.0
+    return {"depth": len(nodes), "width": width, "parameters": row.params or 0, "tokens/s": row.tokens_per_s or 0}
+
+
+def converged(rows: list[Result]) -> tuple[int, float, float] | None:
+    """The generation at which the best was within the noise of the end, and the minutes of the search until then and in
+    all; None without noise."""
+    search, noise = of_stage(rows, "search"), noise_floor(rows)
+    if noise is None:
+        return None
+    best = best_so_far(rows, list(range(max(row.generation for row in search) + 1)))
+    when = next(g for g, score in enumerate(best) if score <= best[-1] + noise)  # nan is never below
+    minutes = [(row.generation, ((row.seconds or 0) + (row.outside or 0)) / 60) for row in search]
+    return when, sum(m for g, m in minutes if g <= when), sum(m for _, m in minutes)
+
+
+def unbeaten(rows: list[Result]) -> list[Candidate]:
+    """The genomes and baselines within MARGIN of the best that none beats in all of OBJECTIVES, best first."""
+    known, kept = sorted([*searched(rows), *candidates(of_stage(rows, "baseline"))], key=lambda c: c.mean), []
+    for c in near_best(known):
+        if all(fronts([objectives(other), objectives(c)])[1] == 0 for other in kept):  # who beats it comes before it
+            kept.append(c)
+    return kept
+
+
+def descent(rows: list[Result], name: str) -> list[Result]:
+    """A genome's ancestors in one line, of two parents the first, oldest first."""
+    line, by_id = [], {row.id: row for row in lineage(rows, name)}
+    while name in by_id:
+        line.append(by_id.pop(name))
+        name = line[-1].parents.partition(",")[0]
+    return line[::-1]
+
+
+# The sections of the report, each a list of lines; [] where the record has nothing to say.
+
+
+def leader(rows: list[Result], o: Outcome) -> Standing | Candidate | None:
+    """The winner, or before the final the best of the search."""
+    return o.winner or next(iter(searched(rows)), None)
+
+
+def budget_of(rows: list[Result], stage: str, settings: Settings) -> str:
+    """What each evaluation of a stage trained for, in words."""
+    return budget_times(settings, next((row.budget for row in rows if row.stage == stage), 1.0))
+
+
+def lead_text(lead: Estimate, over: str) -> str:
+    how = f"{abs(lead.mean):.4f} ± {'?' if lead.half is None else f'{lead.half:.4f}'}"
+    chance = "" if lead.half is not None and abs(lead.mean) > lead.half else " (which may be chance)"
+    return f"{how} {'better' if lead.mean >= 0 else 'worse'} than {over}{chance}"
+
+
+def lead_over_control(rows: list[Result], other: list[Result]) -> tuple[int, Estimate] | None:
+    """How far the best of the search leads over a control's, as both stood after the last generation that both have."""
+    both = [of_stage(those, "search") for those in (rows, other)]
+    if not all(both):
+        return None
+    at = min(max(row.generation for row in those) for those in both)
+    best = [next(iter(searched([row for row in those if row.generation <= at])), None) for those in both]
+    noise = [noise_floor(those) for those in both]
+    if None in best:
+        return None
+    half = None
+    if None not in noise:
+        half = 1.96 * math.sqrt(sum(s * s / len(c.scores) for c, s in zip(best, noise, strict=True)))
+    return at, Estimate(best[1].mean - best[0].mean, half, ())
+
+
+def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcome) -> list[str]:
+    """What came of a run in a few sentences, or what is missing."""
+    best, known = leader(rows, o), of_stage(rows, "search")
+    if best is None:
+        return ["No genome of the search has a score yet." if known else "The search has not begun."]
+    if o.winner:
+        rival, raced = o.rival, of_stage(rows, "final")
+        lead, *longer = (
+            s and " and ".join(lead_text(s.leads[name], name) for name in of_each_family(s.leads))
+            for s in (best, o.as_found, o.grown)
+        )
+        longer = [f"{s.id} is {text}" for s, text in zip((o.as_found, o.grown), longer, strict=True) if text]
+        after = f"After {budget_times(settings, settings.long_factor)}"
+        sentences = [
+            f"The best design is {best.id}, {best.genome.summary}: {best.test} bits per byte on test after "
+            f"{budget_of(rows, 'final', settings)}, {lead or 'without a rival'}.",
+            f"{after} {', '.join(longer)}." if longer else "Whether that lasts is not in the record.",
+        ]
+        sentences += [f"{target_text(o, settings)}."] if rival and raced[0].budget == 1 else []
+    else:
+        rival, raced = next(iter(best_baselines(rows)), None), rows
+        lacking = [stage for stage in STAGES if not of_stage(rows, stage)]
+        now_in = [stage for stage in STAGES if stage not in lacking][-1]
+        sentences = [
+            f"The run is not finished: its record ends in the {now_in}, with generation {known[-1].generation}. It "
+            f"lacks {', '.join(lacking) or 'what is left of that'}.",
+            f"{best.id} leads, {best.genome.summary}: {best.mean:.4f} bits per byte on val, evaluated "
+            f"{len(best.scores)} x{f'; the best baseline, {rival.id}, has {rival.mean:.4f}' if rival else ''}. "
+            "No final has confirmed that.",
+        ]
+    against = []
+    for (what, value), other in sorted(controls.items()):
+        if lead := lead_over_control(rows, other):
+            name = f"the control {value}" if what == "strategy" else f"{what} {value}"
+            against.append(f"{lead_text(lead[1], name)} after generation {lead[0]}")
+    none = "No control (--strategy random, drift) stands in runs/: what selection adds is not measured."
+    sentences.append(f"In the search, on val, the best is {'; '.join(against)}." if against else none)
+    return [*sentences, f"{', '.join(pace_text(raced, c.id) for c in (best, rival) if c)}."]
+
+
+def of_each_family(baselines) -> list[str]:
+    """Of baselines, best first, the best of each family."""
+    best: dict[str | None, str] = {}
+    for name in baselines:
+        best.setdefault(family_of(name), name)
+    return list(best.values())
+
+
+def pace_text(rows: list[Result], id: str) -> str:
+    """How fast a design trained, and how often it saw the text."""
+    own = [row for row in rows if row.id == id and row.status == "ok"]
+    speed, passes = average([row.tokens_per_s for row in own], 0), average([row.passes for row in own], 2)
+    return f"{id} trains on {speed or '?'} tokens a second{f', {passes} passes over the text' if passes else ''}"
+
+
+def final_table(standing: list[Standing], rows: list[Result], before: dict[str, float]) -> list[str]:
+    """A final. rows: its evaluations. before: what its designs scored where they were chosen."""
+    own, lines = collections.defaultdict(list), []
+    for row in rows:
+        own[row.id].append(row)
+    baselines = of_each_family(s.id for s in standing if family_of(s.id))
+    for s in standing:
+        leads = [signed(s.leads.get(name)) for name in baselines]
+        chosen = f"{before[s.id]:.4f}" if s.id in before else None
+        passes, speed = ([getattr(row, name) for row in own[s.id]] for name in ("passes", "tokens_per_s"))
+        seeds = f"{len(s.test.values)}, {s.failed} failed" if s.failed else len(s.test.values)
+        lines.append([s.id, s.test, s.val, chosen, seeds, average(passes, 2), average(speed, 0), *leads])
+    head = ["design", "test", "val", "val before", "seeds", "passes over the text", "tokens/s"]
+    named = [f"- {s.id}: {s.genome.summary}" for s in standing]
+    return [*as_table([*head, *(f"lead over {name}" for name in baselines)], lines), *named, ""] if standing else []
+
+
+def final_section(rows: list[Result], settings: Settings, o: Outcome) -> list[str]:
+    before = {c.id: c.mean for c in [*searched(rows), *candidates(of_stage(rows, "baseline"))]}
+    longer, share = budget_times(settings, settings.long_factor), f"{1 / settings.long_factor:.0%} of the text"
+    parts = {
+        f"After {budget_of(rows, 'final', settings)}, fresh seeds, ranked by val; bits per byte, 95 % intervals, leads "
+        "on test seed by seed.": final_table(o.final, of_stage(rows, "final"), before),
+        f"Does the lead last? After {longer}; +1 is grown by one step.": [
+            *final_table(o.long, of_stage(rows, "long"), {}),
+            *(f"- {name} was not tried: {why}" for name, why in o.too_large.items()),
+            *[""] * bool(o.too_large),
+        ],
+        f"Is it that the text is seen more often? {budget_of(rows, 'passes', settings)} on {share}.": final_table(
+            o.passes, of_stage(rows, "passes"), {}
+        ),
+    }
+    return [line for words, lines in parts.items() if lines for line in (words, "", *lines)]
+
+
+def network_graph(genome: Genome) -> list[str]:
+    """A genome's network in Mermaid; runs of genes that repeat, wiring included, stand there once."""
+    tied = ", tied to the embedding" if genome.tied else ""
+    lines = ["flowchart TD", f'  s0(["embedding {genome.embed_dim}"])']
+    network, edges, place = genome.network, [], {0: "s0"}
+    linked = [(word, source, skip) for word, (source, skip) in zip(genome.words, links(genome), strict=True)]
+    at = 0
+    for run, times in folded(tuple(linked)):
+        lines += [f'  subgraph r{at}["{times} times"]'] if times > 1 else []
+        for state, node in enumerate(network[at : at + len(run)], start=at + 1):
+            shared = "" if node.owner is None else "<br/>weights of an earlier one"
+            place[state] = f"s{state}"
+            lines.append(f'  s{state}["{" ".join(genome.words[state - 1].split())}{shared}"]')
+            edges += [f"  {place[node.source]} --> s{state}"] if node.source is not None else []
+            edges += [f"  {place[node.skip]} -. + .-> s{state}"] if node.skip is not None else []
+            edges += [f"  s0 -. tokens .-> s{state}"] if set(node.gene.reads) - {"stream"} else []
+        lines += ["  end"] if times > 1 else []
+        for further in range(len(run), len(run) * times):
+            place[at + further + 1] = place[at + further % len(run) + 1]
+        at += len(run) * times
+    return mermaid([*lines, f'  head(["head{tied}"])', *edges, f"  {place[at]} --> head"])
+
+
+def links(genome: Genome) -> list[tuple[int | None, int | None]]:
+    """For each node how many states back it reads, and adds."""
+    return [(node.source if node.source is None else state - node.source, node.skip if node.skip is None else
+             state - node.skip) for state, node in enumerate(genome.network, start=1)]  # fmt: skip
+
+
+def gene_texts(genome: Genome) -> list[str]:
+    """The genes of a network in words, wiring included."""
+    texts = []
+    for word, (source, skip), node in zip(genome.words, links(genome), genome.network, strict=True):
+        own = [f"input={source}"] * (source not in (1, None)) + [f"skip={skip}"] * (skip is not None)
+        texts.append(" ".join([*word.split(), *own, *["share"] * (node.owner is not None)]))
+    return texts
+
+
+def differing(a: list[str], b: list[str]) -> Iterator[tuple[int, int, int, int]]:
+    """Where two sequences differ, each a[i:j] beside a b[k:l]."""
+    for what, *place in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if what != "equal":
+            yield tuple(place)
+
+
+def gene_changes(before: Genome, after: Genome) -> list[str]:
+    """What one genome has otherwise than another: genes gone, come, or changed, and how it is trained."""
+    found, texts = [], (gene_texts(before), gene_texts(after))
+    for i, j, k, l in differing(*texts):
+        a, b = texts[0][i:j], texts[1][k:l]
+        ops = [[gene.split()[0] for gene in genes] for genes in (a, b)]
+        at = 0, 0  # behind what was looked at
+        for i, j, k, l in [*differing(*ops), (len(a), len(a), len(b), len(b))]:
+            for old, new in zip(a[at[0] : i], b[at[1] : k], strict=True):  # of one op
+                gone, come = (
+                    [word for word in x.split() if word not in y.split()] for x, y in ((old, new), (new, old))
+                )
+                if gone or come:
+                    found.append(f"{old.split()[0]}: {' '.join(gone) or 'as usual'} → {' '.join(come) or 'as usual'}")
+            found += [*(f"- {gene}" for gene in a[i:j]), *(f"+ {gene}" for gene in b[k:l])]
+            at = j, l
+    traits = [(name, getattr(before, name), getattr(after, name)) for name in GENOME_TRAITS]
+    return found + [f"{name}: {old} → {new}" for name, old, new in traits if old != new]
+
+
+def lineage_graph(rows: list[Result], name: str) -> list[str]:
+    """How a genome came to be, in Mermaid: of each ancestor operator, score, and what its parent has otherwise."""
+    family, scores = lineage(rows, name), {c.id: c for c in searched(rows)}
+    if len(family) > ENOUGH:
+        family = descent(rows, name)[-ENOUGH:]
+    genomes, lines, edges = {row.id: Genome.from_json(row.genome) for row in family}, ["flowchart TD"], []
+    number = {row.id: n for n, row in enumerate(family)}
+    for row in family:
+        parents = [parent for parent in row.parents.split(",") if parent in genomes]
+        score = f"{scores[row.id].mean:.4f}, {len(scores[row.id].scores)} x" if row.id in scores else row.status
+        changes = [genomes[row.id].summary]
+        if parents:
+            nearest = min(parents, key=lambda parent: gene_distance(genomes[parent], genomes[row.id]))
+            changes = gene_changes(genomes[nearest], genomes[row.id])
+            changes = [*changes[:5], *([f"and {len(changes) - 5} more"] if len(changes) > 5 else [])]
+        lines.append(f'  n{number[row.id]}["{"<br/>".join([f"{row.id} {row.operator}: {score}", *changes])}"]')
+        edges += [f"  n{number[parent]} --> n{number[row.id]}" for parent in parents]
+    return mermaid([*lines, *edges]) if family else []
+
+
+def features_section(
+    rows: list[Result], losses: dict[tuple, float], taken: list[Step], leaders: list[set[str]], winner: Genome | None
+) -> list[str]:
+    """What became of each op and trait, and what it is worth."""
+    newcomers = {row.id: features(Genome.from_json(row.genome)) for row in rows if row.is_newcomer}
+    tried = collections.Counter(feature for own in newcomers.values() for feature in own)
+    if not tried:
+        return []
+    worth, beside = importance(taken, halfway_noise(rows, losses)), association(rows, losses)
+    until = {feature: g for g, ids in enumerate(leaders) for id in ids for feature in newcomers.get(id, ())}
+
+    def line(feature: tuple) -> list:
+        last, value = until.get(feature), worth.get(feature)
+        when = None if last is None else "the end" if last == len(leaders) - 1 else f"generation {last}"
+        times = winner.ops.count(feature[0]) if winner and len(feature) == 1 else 0
+        held = (str(times) if times else "yes") if winner and feature in features(winner) else None
+        changed = len(value.values) if value else None
+        near = f"{beside[feature]:+.4f}" if feature in beside else None
+        return [feature_text(feature), tried[feature], when, held, signed(value), changed, near]
+
+    head = ["part", f"of {len(newcomers)} newcomers", "among the survivors until", "in the winner",
+            "importance", "of children", "association"]  # fmt: skip
+    traits = sorted((f for f in tried if len(f) > 1), key=lambda f: (f[0], f[1], str(f[2])))
+    return [
+        "Nats per token on the half-way loss, below zero where a part helps. *Importance*: a child that gained or lost "
+        "the part minus its parent, by the mean of the parent's evaluations; 95 % intervals, from parents drawn again, "
+        "and no narrower than the noise of both. A child may differ in more than one part. *Association*: newcomers "
+        "with the part minus those without, within their generation: it says what good genomes have, not what makes "
+        "them good.",
+        "",
+        *as_table(head, [line((op,)) for op in OPS if (op,) in tried]),
+        "<details>",
+        f"<summary>{len(traits)} traits that are not the usual ones</summary>",
+        "",
+        *as_table(head, [line(f) for f in traits]),
+        "</details>",
+        "",
+    ]
+
+
+def operators_section(rows: list[Result], losses: dict[tuple, float], taken: list[Step]) -> list[str]:
+    """What the children of each operator came to, against their parents."""
+    noise, of_each = halfway_noise(rows, losses), collections.defaultdict(list)
+    for step in taken:
+        for operator in dict.fromkeys(step.child.operator.split("+")):
+            of_each[operator].append(step)
+    lines = []
+    for operator, own in sorted(of_each.items(), key=lambda item: -len(item[1])):
+        known = [step for step in own if step.change is not None]
+        better = None
+        if noise is not None:
+            better = sum(step.change < -1.96 * noise * math.sqrt(1 + 1 / step.times) for step in known)
+            better = f"{better} ({better / len(own):.0%})"
+        ends = collections.Counter(step.child.status for step in own)
+        gain = signed(mean_change([(step, -1) for step in known], noise)) if known else None
+        lines.append([operator, len(own), better, ends["stopped"], ends.total() - ends["ok"] - ends["stopped"], gain])
+    head = ["operator", "children", "better than the parent", "stopped", "failed", "mean gain"]
+    sure = f" of {noise:.4f} in one evaluation" if noise is not None else ", which is not known yet"
+    return [
+        f"By the half-way loss, in nats per token. Better is by more than the noise of the difference (95 %; "
+        f"noise{sure}): by luck alone one in forty. A child of several operators counts with each.",
+        "",
+        *as_table(head, lines),
+    ] if lines else []  # fmt: skip
+
+
+def generations_section(rows: list[Result], losses: dict[tuple, float], leaders: list[set[str]]) -> list[str]:
+    """How the search went on: when it was done, how diverse it stayed, and what went with a good loss."""
+    search = of_stage(rows, "search")
+    if not search:
+        return []
+    root = roots(rows)
+    genomes = {row.id: Genome.from_json(row.genome) for row in search}
+    best, lines, weights, correlations = best_so_far(rows, list(range(len(leaders)))), [], [], []
+    for g, ids in enumerate(leaders):
+        alive = sorted(ids | {row.id for row in search if row.generation == g}, key=in_order)
+        apart = [gene_distance(genomes[a], genomes[b]) for a, b in itertools.combinations(alive, 2)]
+        new = [row for row in search if row.generation == g and row.is_newcomer and row.evaluation in losses]
+        shapes, loss = [shape_of(row) for row in new], [losses[row.evaluation] for row in new]
+        own = [rank_correlation([shape[name] for shape in shapes], loss) for name in ("depth", "width", "parameters",
+               "tokens/s")]  # fmt: skip
+        correlations.append(own)
+        weights.append(len(new))
+        known = None if math.isnan(best[g]) else f"{best[g]:.4f}"
+        lines.append([g, len(new), known, len({root.get(id, id) for id in alive}), average(apart, 2),
+                      *(None if r is None else f"{r:+.2f}" for r in own)])  # fmt: skip
+    means = []
+    for column in zip(*correlations, strict=True):
+        pairs = [(r, n) for r, n in zip(column, weights, strict=True) if r is not None]
+        means.append(f"{sum(r * n for r, n in pairs) / sum(n for _, n in pairs):+.2f}" if pairs else None)
+    head = ["generation", "newcomers", "best val_bpb", "roots alive", "distance", "depth", "width", "parameters",
+            "tokens/s"]  # fmt: skip
+    when = converged(rows)
+    came = ["When the best was within the noise of the end is not known, as none was evaluated twice."]
+    if when:
+        came = [f"The best was within the noise of the end in generation {when[0]} of {len(leaders) - 1}, after "
+                f"{when[1]:.1f} of {when[2]:.1f} minutes of the search on the device."]  # fmt: skip
+    return [
+        *came,
+        "",
+        "Roots: random genomes that the newcomers and the best of a generation descend from. Distance: how unlike the "
+        "genes of two of them are, from 0 to 1. On the right the rank correlation of the newcomers' half-way loss with "
+        "their depth, width, parameters and speed: above zero where more of it goes with a worse loss.",
+        "",
+        *as_table(head, [*lines, ["mean", sum(weights), None, None, None, *means]]),
+    ]
+
+
+def front_section(rows: list[Result]) -> list[str]:
+    known = unbeaten(rows)
+    lines = [
+        [c.id, f"{c.mean:.4f}", len(c.scores), f"{c.first.params:,}" if c.first.params else None,
+         f"{c.first.tokens_per_s:,}" if c.first.tokens_per_s else None, c.first.memory_mb, c.genome.summary]
+        for c in known[:ENOUGH]
+    ]  # fmt: skip
+    more = [f"And {len(known) - ENOUGH} more.", ""] if len(known) > ENOUGH else []
+    return [
+        f"Genomes and baselines within {MARGIN:g} bits per byte of the best that no other beats in score, parameters, "
+        "speed and memory at once; ringed in the picture.",
+        "",
+        *as_table(["design", "val_bpb", "evaluations", "parameters", "tokens/s", "memory, MiB", "what it is"], lines),
+        *more,
+    ] if known else []  # fmt: skip
+
+
+def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str]]) -> list[str]:
+    """What the hurdle saved, how often it would have stopped a survivor, and how well what it looks at ranks."""
+    newcomers = [r for r in rows if r.is_newcomer]
+    stopped, spared = ([r for r in newcomers if r.hurdle == what] for what in ("stopped", "spared"))
+    lines = []
+    if stopped or spared:
+        survived = sum(row.id in leaders[row.generation] for row in spared)
+        # tenths without a loss, and the one that had just begun
+        left = sum(sum(map(math.isnan, row.curve)) + 1 for row in stopped) / CURVE
+        saved = left / max(1, len(of_stage(rows, "search")))
+        lines += [f"The hurdle stopped {len(stopped)} of {len(newcomers)} newcomers and saved {saved:.0%} of all "
+                  f"training; {len(spared)} that missed it ran on, {survived} of them to survive.", ""]  # fmt: skip
+    fair = [
+        r
+        for r in newcomers
+        if (r.generation == 0 or r.hurdle == "spared") and r.status == "ok" and r.halfway_loss < math.inf
+    ]
+    weights = [1 / max(settings.hurdle_sample, 0.01) if r.hurdle == "spared" else 1.0 for r in fair]
+    scores = [r.val_bpb for r in fair]
+    losses = [r.halfway_loss for r in fair]
+    outlooks = [outlook(r.halfway_loss, r.tokens_per_s or 1, settings) for r in fair]
+    by_loss, by_outlook = (rank_correlation(those, scores, weights) for those in (losses, outlooks))
+    if None not in (by_loss, by_outlook):
+        lines += [f"The half-way loss ranks {by_loss:.2f} with the score, put right for speed {by_outlook:.2f} (rank "
+                  f"correlation, {len(fair)} newcomers: generation 0, and those that missed the hurdle and ran on, who "
+                  f"stand for all that missed it).", ""]  # fmt: skip
+    causes = collections.defaultdict(collections.Counter)
+    for row in rows:
+        if row.status != "ok":
+            causes[row.status][row.note or {"stopped": "the hurdle"}.get(row.status, "no note")] += 1
+    listed = [[status, own.total(), "; ".join(f"{note} ({n})" for note, n in own.most_common(3))]
+              for status, own in sorted(causes.items())]  # fmt: skip
+    lines += as_table(["status", "evaluations", "causes, the most frequent first"], listed) if listed else []
+    slower = [row for row in rows if "against its first evaluation" in row.note]
+    told = "; ".join(f"{row.id} {row.note}" for row in slower[:10])
+    lines += [f"{len(slower)} repeats trained at another speed than at first: {told}.", ""] if slower else []
+    return lines
+
+
+CONTEXT = {"induction": "induction", "recall_near": "recall", "recall_middle": "recall", "recall_far": "recall",
+           "bpb_first": "first third", "bpb_middle": "middle", "bpb_last": "last third"}  # fmt: skip
+
+
+def context_section(rows: list[Result], settings: Settings) -> list[str]:
+    groups = collections.defaultdict(list)
+    for row in rows:
+        if row.test_bpb is not None and row.induction is not None and row.stage in STAGES:
+            groups[row.stage, row.budget, row.id].append(row)
+    back = iter(max(2, int(settings.seq_len * share)) for share in RECALL_SHARES)
+    names = [f"{what}, {next(back):,} back" if what == "recall" else what for what in CONTEXT.values()]
+    lines = []
+    for (stage, budget, id), own in groups.items():
+        known = [[x for x in (getattr(row, name) for row in own) if x is not None] for name in CONTEXT]
+        nats = [str(estimate(values)) if values else None for values in known[:4]]
+        lines.append([id, stage, budget_times(settings, budget), *nats, *(average(v, 4) for v in known[4:])])
+    return [
+        "Nats per token, below zero where a model copies. Induction: random tokens the second time, half a window on, "
+        "minus the first (Olsson et al. 2022). Recall: a token that once followed another, when that one comes again, "
+        "minus the first time. Nothing is selected by this. On the right val_bpb by the thirds of a window.",
+        "",
+        *as_table(["design", "stage", "budget", *names], lines),
+    ] if lines else []  # fmt: skip
+
+
+def ablation_section(rows: list[Result], settings: Settings) -> list[str]:
+    """What each part of the designs of --ablate is worth, the dearest first."""
+    ablated, scores, lines = of_stage(rows, "ablate"), collections.defaultdict(dict), []
+    for row in ablated:
+        scores[row.id] |= {row.seed: row.val_bpb} if row.status == "ok" else {}
+    names = {row.key: row.id for row in reversed(rows) if row.stage == "search"}
+    last = {row.id: row for row in ablated}
+    for whole in dict.fromkeys(row.parents or row.id for row in ablated):
+        if not scores[whole]:
+            continue
+        genome, cells = Genome.from_json(last[whole].genome), []
+        parts_of = {less.key: what for what, less in without_a_part(genome).items()}
+        for less, what in ({row.id: row.operator for row in ablated if row.parents == whole} | parts_of).items():
+            worth = [scores[less][n] - scores[whole][n] for n in scores[whole] if n in scores[less]]
+            if less in last:
+                score = estimate(scores[less].values()) if scores[less] else last[less].status
+                cells.append([what, score, estimate(worth) if worth else None])
+        cells.sort(key=lambda cell: -cell[2].mean if cell[2] else -math.inf)
+        after = f"{estimate(scores[whole].values())} bits per byte on val after {budget_of(rows, 'ablate', settings)}"
+        lines += [
+            f"{names.get(whole, whole)}, {genome.summary}: {after}. What is lost by each change, seed by seed:",
+            "",
+        ]
+        lines += as_table(
+            ["change", "val_bpb", "worth"], [[what, score, signed(worth)] for what, score, worth in cells]
+        )
+    return lines
+
+
+def made_by(header: dict, rows: list[Result], settings: Settings) -> str:
+    """Of which run, and by which version of the program."""
+    data, device, torch_is, code = (header.get(name, "unknown") for name in ("data", "device", "torch", "code"))
+    lacks = [name for name in ("order", "passes", "bpb_last") if all(getattr(row, name) is None for row in rows)]
+    older = f", an earlier version, which did not record {', '.join(lacks)}" if lacks and rows else ""
+    run = f"{settings.strategy}, seed {settings.seed}, {budget_text(settings)} a trial on {device}, text {data}"
+    return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}."
+
+
+def report(rows: list[Result], header: dict, settings: Settings, controls: Controls, pictured: bool = False) -> str:
+    """report.md. pictured: whether progress.png stands beside it."""
+    rows = [harmless_row(row) for row in rows]
+    header = {name: harmless(value) for name, value in header.items()}
+    settings = dataclasses.replace(settings, strategy=harmless(settings.strategy))
+    controls = {(what, harmless(value)): other for (what, value), other in controls.items()}
+    o = outcome_of_record(rows, settings, vocab_size_of(header))
+    best, leaders, losses = leader(rows, o), leaders_by_generation(rows, settings.survivors), halfway_losses(rows)
+    winner, taken = best and best.genome, steps(rows, losses)
+    known = "The winner" if o.winner else "The best so far"
+    sections = {
+        "The final": final_section(rows, settings, o),
+        f"{known}, drawn": best and [f"{best.id}: {winner.summary}", "", *network_graph(winner)],
+        "How it came to be": best and lineage_graph(rows, best.id),
+        "What became of the parts": features_section(rows, losses, taken, leaders, winner),
+        "What it is worth without a part": ablation_section(rows, settings),
+        "Which operators earned it": operators_section(rows, losses, taken),
+        "Diversity and convergence": generations_section(rows, losses, leaders),
+        "Score, size, speed and memory": front_section(rows),
+        "Long context": context_section(rows, settings),
+        "The hurdle, and what went wrong": hurdle_section(rows, settings, leaders),
+    }
+    told = [f"- {sentence}" for sentence in answer(rows, settings, controls, o)]
+    lines = ["# What the run found", "", *told, "", made_by(header, rows, settings), ""]
+    lines += ["![progress.png](progress.png)", ""] if pictured else []
+    for title, section in sections.items():
+        lines += [f"## {title}", "", *section] if section else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# For a record of which nothing else is known.
+
+
+def vocab_size_of(header: dict) -> int:
+    size = str(header.get("vocab_size", ""))
+    return int(size) if size.isdecimal() else prepare.VOCAB_SIZE  # records of earlier versions do not say
+
+
+def settings_of(header: dict, rows: list[Result]) -> Settings:
+    """The settings of a record, as its header has them; what that leaves out as the rows show it."""
+    known = {}
+    for name, default in CONSTANTS.items():
+        rules = [rule for rule in typing.get_args(HINTS[name]) if isinstance(rule, Rule)]
+        value, kinds = header.get(name.lower()), (int, float) if isinstance(default, float) else type(default)
+        if isinstance(value, kinds) and value is not True and all(rule.holds(value) for rule in rules):
+            known[name.lower()] = value
+    final, long = of_stage(rows, "final"), of_stage(rows, "long")
+    seen = dict(
+        finalists=len({row.id for row in final if not family_of(row.id)}),
+        final_seeds=len({row.seed for row in final}),
+        long_seeds=len({row.seed for row in long}),
+        long_factor=max((row.budget for row in long), default=0.0),
+    )
+    return Settings(**{**known, **{name: value for name, value in seen.items() if value}})
+
+
+def outcome_of_record(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
+    """The outcome, with a final of an earlier version as far as it went: none of today's has its evaluations."""
+    o, final = outcome(rows, settings, vocab_size), of_stage(rows, "final")
+    known = {task.evaluation for task in final_evaluations(rows, settings, vocab_size)}
+    if o.final or not final or any(row.evaluation in known for row in final):
+        return o
+    tasks = {row.evaluation: Task("final", row.id, Genome.from_json(row.genome), row.seed, row.seed, budget=row.budget)
+             for row in final}  # fmt: skip
+    return dataclasses.replace(o, final=standings(rows, list(tasks.values())))
+
+
 def write_reports(out: Path, rows: list[Result], header: dict, settings: Settings, controls: Controls):
-    """best_genome.json and progress.png."""
+    """best_genome.json, progress.png and report.md."""
     o = outcome(rows, settings, header["vocab_size"])
     best = best_genome(rows, header, settings, o)
-    if best is None:
-        if of_stage(rows, "search"):
-            say("No genome is scored yet, so there is no best_genome.json and no progress.png")
-        return
-    content = json.dumps(best, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(out / "best_genome.json", content + "\n")
+    if best is None and of_stage(rows, "search"):
+        say("No genome is scored yet, so there is no best_genome.json and no progress.png")
+    if best is not None:
+        content = json.dumps(best, indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(out / "best_genome.json", content + "\n")
     title = (f"genesis, {settings.strategy}, seed {settings.seed}: {header['data']}, {header['device']}, "
              f"{budget_text(settings)} a trial")  # fmt: skip
-    try:
-        drawn = picture(rows, title, controls, o, settings)
-    except Exception as error:  # whatever a picture dies of, the search goes on
-        return say(f"progress.png was not drawn: {type(error).__name__}: {first_line(error)}{place_of(error)}")
-    write_whole(out / "progress.png", drawn)
+    for name, made in {
+        "progress.png": lambda: best and picture(rows, title, controls, o, settings),
+        "report.md": lambda: report(rows, header, settings, controls, pictured=(out / "progress.png").exists()),
+    }.items():
+        try:
+            content = made()
+        except Exception as error:  # whatever a picture dies of, the search goes on
+            say(f"{name} was not made: {type(error).__name__}: {first_line(error)}{place_of(error)}")
+        else:
+            if content:
+                write_whole(out / name, content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3039,16 +3819,20 @@ SPARE = 20.0  # seconds that --minutes leaves for compiling and for reports
 ALIKE = 3  # crashes in a row with the same note, nothing else before them, that stop a run
 
 
-def evolve(record: Record, settings: Settings, data: prepare.Dataset, pool: Pool | RayPool, minutes: float = math.inf):
-    """The whole search, from wherever the record stands, or what of it can end so many minutes after the program began.
+Plan = Callable[[list[Result]], list[Task]]  # from the rows to what is evaluated next; [] at its end
 
-    Reports are written while the next evaluations go on.
-    """
+
+def evolve(
+    record: Record, plan: Plan, controls: Controls, settings: Settings, data: prepare.Dataset, device: torch.device,
+    cluster: RayPool | None = None, minutes: float = math.inf,
+) -> bool:  # fmt: skip
+    """All that a plan wants, from wherever the record stands, or what of it can end so many minutes after the program
+    began; whether that was all. On the device or on a cluster. Reports are written while the next evaluations go on."""
     out = record.path.parent
-    controls = find_controls(out, record.header)
-    with ThreadPoolExecutor(1) as reporter:
+    at_work = contextlib.nullcontext(cluster) if cluster else Pool(data, settings, device, out)
+    with ThreadPoolExecutor(1) as reporter, at_work as pool:
         written, busy = None, 0.0
-        while tasks := next_tasks(record.rows, settings, data.vocab_size):
+        while tasks := plan(record.rows):
             done, ends = len(record.rows), STARTED + 60 * minutes
             begun = progress(pool, in_time(tasks, record.rows, settings, pool, ends), len(tasks), tasks[0])
             for result in unless_all_crash(begun, record.rows, settings.population_size):
@@ -3067,10 +3851,9 @@ def evolve(record: Record, settings: Settings, data: prepare.Dataset, pool: Pool
         written.result()
     if tasks:
         say(f"\n--minutes {minutes:g}: no other evaluation would end in time. Run the same command again to go on")
-    else:
-        say(end_text(record.rows, settings, data.vocab_size))
     if pool.gpu_seconds:
-        say(f"\nGPUs stood idle for {max(0.0, 1 - busy / pool.gpu_seconds):.0%} of the time")
+        say(f"GPUs stood idle for {max(0.0, 1 - busy / pool.gpu_seconds):.0%} of the time")
+    return not tasks
 
 
 def in_time(
@@ -3277,6 +4060,12 @@ def write_text(model: Model, data: prepare.Dataset, prompt: str, seq_len: int, s
     return tokenizer.decode(tokens[1:])
 
 
+def unlike(record: Record, header: dict) -> dict[str, str]:
+    """What a record differs in from those of the run that the header describes, by name, in words."""
+    columns = {} if record.columns == list(COLUMNS) else {"columns": "columns of another version"}
+    return differences(record.header, header) | columns
+
+
 def begin_or_go_on(record: Record, header: dict, settings: Settings, new: bool) -> bool:
     """Make the record one of the run that the header describes; returns whether there is something to do in it.
 
@@ -3284,9 +4073,7 @@ def begin_or_go_on(record: Record, header: dict, settings: Settings, new: bool) 
     """
     old = record.header
     if old is not None:
-        differs = list(differences(old, header).values())
-        if record.columns != list(COLUMNS) and not differs:
-            differs = ["columns of another version"]
+        differs = list(unlike(record, header).values())
         if old.get("device", "cpu") != "cpu" and header["device"] == "cpu" and not new:
             raise Stop(f"The run in {record.path} was made on {old['device']}, and no GPU is to be seen. Nothing was "
                        "changed: bring it back, or name another folder with --out")  # fmt: skip
@@ -3302,6 +4089,29 @@ def begin_or_go_on(record: Record, header: dict, settings: Settings, new: bool) 
     if record.header is None:
         record.begin(header)
     return True
+
+
+def begin_or_join(record: Record, header: dict):
+    """Make the record one that --ablate may add to: that of this run, --start aside, or a new one. Raises Stop."""
+    if record.header is None:
+        return record.begin(header)
+    if differs := [words for name, words in unlike(record, header).items() if name != "start"]:
+        raise Stop(f"--ablate adds to the run in {record.path}, which differs in {', '.join(differs)}. Give the flags "
+                   "that it was made with, or name another folder with --out")  # fmt: skip
+
+
+def rewrite_report(folder: Path):
+    """--report: report.md of the record in a folder, whoever made it. Raises Stop where there is none."""
+    path = folder / "results.tsv"
+    with errors_named(path, "Name a folder with a results.tsv"):
+        content = path.read_bytes()
+    try:
+        header, _, rows = read_results(content)
+    except ValueError as error:
+        raise Stop(f"{path} is no results.tsv of this program: {error}") from None
+    controls, pictured = find_controls(folder, header), (folder / "progress.png").exists()
+    write_whole(folder / "report.md", report(rows, header, settings_of(header, rows), controls, pictured))
+    say(f"{folder / 'report.md'}: of {len(rows)} evaluations")
 
 
 def try_ops(pipe):
@@ -3358,12 +4168,17 @@ def check_device(name: str, device: torch.device, settings: Settings):
 
 def run_command(args: argparse.Namespace):
     settings = read_settings(args)
+    commands = [name for name in ("train", "write", "ablate", "report") if getattr(args, name)]
+    if len(commands) > 1:
+        raise Stop(f"--{' and --'.join(commands)} are commands of their own; give one of them")
+    if args.report:
+        return rewrite_report(Path(args.report))
     if settings.seq_len > MAX_SEQ_LEN:
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
-    if (args.start or args.ray is not None or args.minutes < math.inf) and (args.train or args.write):
-        raise Stop("--start, --ray and --minutes are for a search; they mean nothing beside --train and --write")
+    if commands and commands != ["ablate"] and (args.start or args.ray is not None or args.minutes < math.inf):
+        raise Stop(f"--start, --ray and --minutes are for a search; they mean nothing beside --{commands[0]}")
     if not args.minutes > 0:
         raise Stop(f"--minutes {args.minutes:g}: has to be above 0")
     if (args.scale != 1 or args.deeper) and not args.train:
@@ -3371,7 +4186,8 @@ def run_command(args: argparse.Namespace):
     if not 0 < args.scale <= MAX_WIDTH or not 0 <= args.deeper <= MAX_GENES:
         raise Stop(f"--scale {args.scale:g} --deeper {args.deeper}: the one has to be above 0 and up to {MAX_WIDTH:,}, "
                    f"the other from 0 to {MAX_GENES}")  # fmt: skip
-    designs = read_designs(Path(args.train), args.scale, args.deeper) if args.train else {}
+    named = args.train or args.ablate
+    designs = read_designs(Path(named), args.scale, args.deeper) if named else {}
     settings = dataclasses.replace(settings, start=tuple(read_start(args.start, settings)))
     if args.save and not Path(args.save).absolute().parent.is_dir():
         raise Stop(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
@@ -3394,24 +4210,39 @@ def run_command(args: argparse.Namespace):
         with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
             return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    if designs:
+    if args.train:
         check_device(name, device, settings)
         return train_one(args, designs, settings, data, device)
     out = Path(args.out or ("demo" if args.demo else "."))
     with contextlib.ExitStack() as stack:
-        pool = None if args.ray is None else stack.enter_context(RayPool(args.ray, data, settings, out))
-        name = pool.device_name if pool else name
+        cluster = None if args.ray is None else stack.enter_context(RayPool(args.ray, data, settings, out))
+        name = cluster.device_name if cluster else name
         check_device(name, device, settings)
-        if torch.cuda.device_count() > 1 and not pool:
+        if torch.cuda.device_count() > 1 and not cluster:
             say(f"{torch.cuda.device_count()} GPUs: this run uses the first. All of them: uv run --extra ray evolve.py "
                 "--ray. Another run on another one: CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip
         record = stack.enter_context(Record(out))
-        if not begin_or_go_on(record, describe_run(settings, data, name), settings, args.new):
-            return write_reports(out, record.rows, record.header, settings, find_controls(out, record.header))
-        generations = f"{settings.max_generations} generations of {settings.population_size}"
-        say(f"{data.source}: {len(data.train):,} training tokens. {budget_text(settings)} a trial on {name}, "
-            f"{generations}. Results in {record.path}\n")  # fmt: skip
-        evolve(record, settings, data, pool or stack.enter_context(Pool(data, settings, device, out)), args.minutes)
+        header, plan = describe_run(settings, data, name), lambda rows: next_tasks(rows, settings, data.vocab_size)
+        if args.ablate:
+            begin_or_join(record, header)
+            (design,) = designs.values()
+            plan = functools.partial(ablation_tasks, genome=design, settings=settings)
+            left = len(plan(record.rows))
+            what = f"{left} evaluations of {design.summary} without its parts"
+        else:
+            left = begin_or_go_on(record, header, settings, args.new)
+            what = f"{settings.max_generations} generations of {settings.population_size}"
+        controls, finished = find_controls(out, record.header), True
+        if left:
+            trial = f"{budget_text(settings)} a trial on {name}"
+            say(f"{data.source}: {len(data.train):,} training tokens. {trial}, {what}. Results in {record.path}\n")
+            finished = evolve(record, plan, controls, settings, data, device, cluster, args.minutes)
+        else:
+            write_reports(out, record.rows, record.header, settings, controls)
+        if args.ablate and finished:
+            say(f"\n{out / 'report.md'} has what each part is worth")
+        elif left and finished:
+            say(end_text(record.rows, settings, data.vocab_size, controls))
 
 
 def main(argv: list[str] | None = None) -> int:

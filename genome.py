@@ -1079,6 +1079,22 @@ class Node(NamedTuple):
         return self.d_out if self.gene.repeat > 1 else self.d_in
 
 
+def folded(items: tuple) -> list[tuple[tuple, int]]:
+    """A sequence as runs of up to 8 items, each with how often it stands there in a row."""
+    runs, i = [], 0
+    while i < len(items):
+        best, times = 1, 1
+        for size in range(1, 9):
+            n = 1
+            while items[i : i + size] == items[i + n * size : i + (n + 1) * size]:
+                n += 1
+            if n > 1 and (n - 1) * size > (times - 1) * best:
+                best, times = size, n
+        runs.append((items[i : i + best], times))
+        i += best * times
+    return runs
+
+
 @dataclass(frozen=True)
 class Genome:
     """A sequence of genes between the embedding and the head. Raises GenomeError unless it can be built.
@@ -1195,18 +1211,10 @@ class Genome:
     @property
     def summary(self) -> str:
         """The ops in a line, runs that repeat written once: (norm→attention→norm→gate)×6."""
-        ops, parts, i = self.ops, [], 0
-        while i < len(ops):
-            best, times = 1, 1
-            for size in range(1, 9):
-                n = 1
-                while ops[i : i + size] == ops[i + n * size : i + (n + 1) * size]:
-                    n += 1
-                if n > 1 and (n - 1) * size > (times - 1) * best:
-                    best, times = size, n
-            run = "→".join(ops[i : i + best])
-            parts.append(run if times == 1 else f"({run})×{times}" if best > 1 else f"{run}×{times}")
-            i += best * times
+        parts = []
+        for run, times in folded(self.ops):
+            text = "→".join(run)
+            parts.append(text if times == 1 else f"({text})×{times}" if len(run) > 1 else f"{text}×{times}")
         return "→".join(parts) or "nothing"
 
     def num_params(self, vocab_size: int) -> int:
@@ -1221,6 +1229,10 @@ class Genome:
     def to_json(self) -> str:
         own = {name: getattr(self, name) for name in GENOME_TRAITS}
         return json.dumps({**own, "genes": [gene.to_dict() for gene in self.genes]})
+
+    def __reduce__(self):
+        """Pickled by its text: another thread may just then be adding to what is cached here."""
+        return Genome.from_json, (self.to_json(),)
 
     @classmethod
     @functools.cache  # a run reads the genomes of its whole record again and again; each takes 8 KB, its text 2 KB
@@ -2202,6 +2214,31 @@ def scaled(genome: Genome, factor: float) -> Genome:
             changes["heads"] = int(heads)
         genes.append(gene.change(**changes))
     return replace(genome, genes=genes, embed_dim=wider(genome.embed_dim))
+
+
+def without_a_part(genome: Genome) -> dict[str, Genome]:
+    """The genome with each gene or branch taken out and each trait put back to its default, each network once, by name.
+
+    A gene with a skip goes with the branch that the skip reaches over; alone it would take the residual with it. Where
+    that branch holds more than norms, the gene is replaced by an identity as well, which leaves the wiring.
+    """
+    less = {}
+    for i, gene in enumerate(genome.genes):
+        start = branch_start(genome, i)
+        gone = "→".join(g.op for g in genome.genes[start : i + 1])
+        less[f"gene {i + 1}: without {gone}"] = spliced(genome, start, i + 1, [])
+        if any(g.op != "norm" for g in genome.genes[start:i]):
+            nothing = Gene("identity", input=gene.input, skip=gene.skip)
+            less[f"gene {i + 1}: identity, not {gene.op}"] = with_gene(genome, i, nothing)
+        usual = Gene(gene.op, gene.dim).to_dict()
+        for name, value in gene.to_dict().items():
+            if name not in ("op", "dim", "input", "skip") and value != usual[name]:
+                changed = with_gene(genome, i, gene.change(**{name: usual[name]}))
+                less[f"gene {i + 1}: {gene.op} {name} {usual[name]}, not {value}"] = changed
+    for name, choices in GENOME_TRAITS.items():
+        less[f"{name} {choices[0]}, not {getattr(genome, name)}"] = replace(genome, **{name: choices[0]})
+    by_key = {child.key: name for name, child in reversed(less.items())}  # the first name of each network
+    return {name: child for name, child in less.items() if child.key != genome.key and by_key[child.key] == name}
 
 
 def drifted(rng: random.Random, newcomers: int = 300, vocab_size: int = 8_192, max_params: int = 10_000_000):

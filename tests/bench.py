@@ -11,7 +11,6 @@ ops      forward and backward milliseconds of every op and trait choice
 soak     100 random genomes at 2 s each through the workers: time outside training, memory, statuses, and how many get
          below the unigram entropy
 designs  val_bpb of the named designs after 10 s
-parts    best_genome.json without one of its parts at a time, 10 s, three seeds each: what is each worth?
 hurdle   children of best_genome.json to their end, by kind: how each tenth of the loss curve ranks them, and whom the
          hurdle would stop wrongly
 fidelity a dozen unlike genomes at a quarter, a half, one and two times the budget: how one budget ranks for another
@@ -406,32 +405,6 @@ def designs(data, settings):
     list(evaluated([task_for(g, id=name) for name, g in named.items()], settings, data))
 
 
-def without_a_part(genome: Genome) -> dict[str, Genome]:
-    """The genome with each gene or branch taken out and each trait put back to its default, each network once.
-
-    A gene with a skip goes with the branch that the skip reaches over; alone it would take the residual with it. Where
-    that branch holds more than norms, the gene is replaced by an identity as well, which leaves the wiring.
-    """
-    less = {}
-    for i, gene in enumerate(genome.genes):
-        start = genomes.branch_start(genome, i)
-        gone = "→".join(g.op for g in genome.genes[start : i + 1])
-        less[f"gene {i + 1}: without {gone}"] = genomes.spliced(genome, start, i + 1, [])
-        if any(g.op != "norm" for g in genome.genes[start:i]):
-            nothing = Gene("identity", input=gene.input, skip=gene.skip)
-            less[f"gene {i + 1}: identity, not {gene.op}"] = genomes.with_gene(genome, i, nothing)
-        usual = Gene(gene.op, gene.dim).to_dict()
-        for name, value in gene.to_dict().items():
-            if name not in ("op", "dim", "input", "skip") and value != usual[name]:
-                changed = genomes.with_gene(genome, i, gene.change(**{name: usual[name]}))
-                less[f"gene {i + 1}: {gene.op} {name} {usual[name]}, not {value}"] = changed
-    for name, choices in genomes.GENOME_TRAITS.items():
-        changed = dataclasses.replace(genome, **{name: choices[0]})
-        less[f"{name} {choices[0]}, not {getattr(genome, name)}"] = changed
-    by_key = {child.key: name for name, child in reversed(less.items())}  # the first name of each network
-    return {name: child for name, child in less.items() if child.key != genome.key and by_key[child.key] == name}
-
-
 def scores_of(named: dict[str, Genome], settings, data, seeds: int) -> dict[str, list[float]]:
     """val_bpb of each genome with each of the seeds, nan where there is none."""
     tasks = [task_for(g, seed, name) for seed in range(seeds) for name, g in named.items()]
@@ -444,15 +417,6 @@ def scores_of(named: dict[str, Genome], settings, data, seeds: int) -> dict[str,
 def the_winner() -> Genome:
     """The genome of best_genome.json."""
     return next(iter(evolve.read_designs(Path("best_genome.json"), 1.0, 0).values()))
-
-
-def parts(data, settings, seeds):
-    genome = the_winner()
-    print(f"{genome.summary} without one part at a time, {settings.time_budget:g} s, {seeds} seeds, val_bpb")
-    scores = scores_of({"whole": genome, **without_a_part(genome)}, settings, data, seeds)
-    for name, mine in scores.items():
-        worth = evolve.estimate(s - whole for s, whole in zip(mine, scores["whole"], strict=True))
-        print(f"  {name:<60} {evolve.estimate(mine)}" + (f"   worth {worth}" if name != "whole" else ""), flush=True)
 
 
 def ranks(values) -> list[int]:
@@ -676,16 +640,16 @@ def worth(data, settings, seeds, only=""):
               f"speed x{after / before:.3f}", flush=True)  # fmt: skip
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, parts, hurdle, fidelity, inherit, worth)}
-SECONDS = {"inherit": 10.0, "soak": 2.0, "designs": 10.0, "parts": 10.0, "worth": 10.0}
-SEEDS = {"bpb": 3, "parts": 3, "worth": 3}
+BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, hurdle, fidelity, inherit, worth)}
+SECONDS = {"inherit": 10.0, "soak": 2.0, "designs": 10.0, "worth": 10.0}
+SEEDS = {"bpb": 3, "worth": 3}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the folder of shards that prepare.py was given (default: FineWeb-Edu)")
     parser.add_argument("--seconds", type=float, help="of training in a trial (not of speed, bpb and ops)")
-    parser.add_argument("--seeds", type=int, help="of each genome in bpb, parts and worth")
+    parser.add_argument("--seeds", type=int, help="of each genome in bpb and worth")
     parser.add_argument("--only", default="", help="of worth, the additions in whose name this regular expression is")
     parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
     args = parser.parse_args()

@@ -1559,8 +1559,9 @@ def test_what_the_hurdle_saved():
     rows += [row(1, "g0.01", "", 2.0, "repeat"), row(1, "g1.01", "stopped", None), row(1, "g1.02", "spared", 2.5)]
     rows += [row(2, "g2.01", "spared", 2.8), row(2, "g2.02", "passed", 1.0), row(2, "g2.03", "stopped", None)]
     rows += [row(2, "g1.02", "", 2.5, "repeat"), row(2, "g0.01", "", 2.0, "repeat")]
-    text = evolve.hurdle_text(rows, tiny(survivors=2)).strip()
-    assert text.startswith("hurdle: 2 of 7 newcomers stopped, 12% of all training saved; 2 that missed it ran on, 1 of")
+    text = evolve.hurdle_section(rows, tiny(), evolve.leaders_by_generation(rows, 2))[0]
+    assert text == ("The hurdle stopped 2 of 7 newcomers and saved 12% of all training; 2 that missed it ran on, 1 of "
+                    "them to survive.")  # fmt: skip
 
 
 def test_noise_floor():
@@ -2089,7 +2090,7 @@ def play(toys, free_params, data_dir, tmp_path, monkeypatch, capsys):
 
 
 WHOLE = 28  # evaluations of a run that is played
-THE_FINAL = "The final: 1,024 tokens, 2 fresh seeds each"
+THE_FINAL = "bits per byte on test after 1,024 tokens"
 LONG_STEP = ("--long-seeds=2", "--long-factor=2")  # the second step of the final
 
 
@@ -2108,7 +2109,7 @@ def test_a_run_and_what_comes_after_it(play, tmp_path):
     out = tmp_path / "out"
     code, output = play()
     first, rows = files_of(out), rows_of(out)
-    assert code == 0 and set(first) == {"results.tsv", "best_genome.json", "progress.png"}
+    assert code == 0 and set(first) == {"results.tsv", "best_genome.json", "progress.png", "report.md"}
     assert collections.Counter(r.generation for r in rows) == {None: 4 + 4 + 8, 0: 4, 1: 4, 2: 4}
     assert collections.Counter(r.stage for r in rows) == {"baseline": 4, "search": 12, "final": 4, "target": 8}
     assert output.count("generation 0:") == output.count("generation 2:") == 1 and THE_FINAL in output
@@ -2131,8 +2132,9 @@ def test_a_run_and_what_comes_after_it(play, tmp_path):
     assert code == 0 and both[: len(extended)] == extended and "moved" not in output
     assert {r.stage for r in both[len(extended) :]} == {"grow", "long", "passes"}
     assert {r.budget for r in both if r.stage in ("grow", "long")} == {2.0}
-    assert "Does the lead last? 2,048 tokens, 2 fresh seeds each" in output
-    assert "Is it that the text is seen more often? 1,024 tokens on 50% of the text, 2 seeds each" in output
+    assert "After 2,048 tokens g" in output
+    told = (out / "report.md").read_text(encoding="utf-8")
+    assert "Does the lead last? After 2,048 tokens" in told and "more often? 1,024 tokens on 50% of the text" in told
 
 
 def test_a_finished_run_is_left_as_it_is(play, tmp_path):
@@ -2418,8 +2420,7 @@ def test_a_slow_repeat_has_a_note_in_the_record(toys, free_params, source, tmp_p
     s = tiny(token_budget=0, time_budget=1.0, max_params=10**9)
     with Record(tmp_path) as record:
         record.begin(evolve.describe_run(s, source, "cpu"))
-        with evolve.Pool(source, s, torch.device("cpu"), tmp_path) as pool:
-            evolve.evolve(record, s, source, pool)
+        evolve.evolve(record, lambda rows: evolve.next_tasks(rows, s, 300), {}, s, source, torch.device("cpu"))
         rows = record.rows
     assert {r.operator == "repeat" for r in rows if "-10% tokens/s" in r.note} == {True}
     assert evolve.next_tasks(rows, s, 300) == []
@@ -2428,22 +2429,21 @@ def test_a_slow_repeat_has_a_note_in_the_record(toys, free_params, source, tmp_p
 def test_a_run_ends_in_time_and_goes_on(toys, free_params, source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evolve, "picture", lambda *_: b"a picture")
     s = tiny(max_params=10**9, baseline_trials=0, finalists=0)
-    with Record(tmp_path) as record, evolve.Pool(source, s, torch.device("cpu"), tmp_path) as pool:
+    rest = (lambda rows: evolve.next_tasks(rows, s, 300), {}, s, source, torch.device("cpu"))
+    with Record(tmp_path) as record:
         record.begin(evolve.describe_run(s, source, "cpu"))
         real = evolve.in_time
 
-        def six_in_all(tasks, *rest):
-            return itertools.islice(real(tasks, *rest), 6 - len(record.rows))
+        def six_in_all(tasks, *how):
+            return itertools.islice(real(tasks, *how), 6 - len(record.rows))
 
         monkeypatch.setattr(evolve, "in_time", six_in_all)
-        evolve.evolve(record, s, source, pool, minutes=99)
-        assert (
-            len(record.rows) == 6 and "--minutes 99: no other evaluation would end in time" in capsys.readouterr().out
-        )
+        assert not evolve.evolve(record, *rest, minutes=99) and len(record.rows) == 6
+        assert "--minutes 99: no other evaluation would end in time" in capsys.readouterr().out
         monkeypatch.setattr(evolve, "in_time", real)
-        evolve.evolve(record, s, source, pool, minutes=1e-9)
+        assert not evolve.evolve(record, *rest, minutes=1e-9)
         assert len(record.rows) == 6, "nothing is begun"
-        evolve.evolve(record, s, source, pool)
+        assert evolve.evolve(record, *rest)
         assert len(record.rows) == 3 * s.population_size and not evolve.next_tasks(record.rows, s, 300)
 
 
@@ -2518,8 +2518,10 @@ def test_the_final_adds_up():
     assert (lead.mean, lead.half) == (pytest.approx(0.4), pytest.approx(0.12421, abs=1e-4))
     assert (other.mean, other.half) == (pytest.approx(0.3), pytest.approx(0.43030, abs=1e-4))
     assert rival.leads == {} and {f.failed for f in (first, second, rival)} == {0}
-    line = next(line for line in evolve.final_text(o, rows, s).splitlines() if line.startswith("g0.01"))
-    assert " ".join(line.split()) == "g0.01 1.1000 ± 0.1242 1.0000 ± 0.1242 1.1000 2.0 0.4000 ± 0.1242"
+    line = next(line for line in evolve.final_section(rows, s, o) if line.startswith("| g0.01"))
+    cells = ["g0.01", "1.1000 ± 0.1242", "1.0000 ± 0.1242", "1.1000", "3", "2.00", "+0.4000 ± 0.1242"]
+    found = line.strip("| ").split(" | ")
+    assert found[:6] + found[7:] == cells  # the seventh, tokens a second, is drawn at random
 
 
 def test_leads_are_over_the_best_of_each_family_and_the_best_in_the_final_first(two_families):
@@ -2547,19 +2549,19 @@ def test_failures_in_the_final():
     assert o.final[1].test.values == (1.15, 1.05) and leads["g0.01"] == [(pytest.approx(0.45),)]
     assert leads["g0.00"] == [(pytest.approx(0.2), pytest.approx(0.5))]
     assert winner(rows, s)["id"] == "g0.00"
-    assert evolve.final_text(o, rows, s).count("(1 failed)") == 2
+    assert "\n".join(evolve.final_section(rows, s, o)).count(", 1 failed") == 2
     # the transformer failed: there is a winner without a lead
     tests = {"g0.00": [1.30, 1.10, 1.20], "g0.01": [1.1, 1.15, 1.05], "transformer-1x64": [None] * 3}
     rows = final_rows(tests, s)
     best, o = winner(rows, s), outcome(rows, s)
     assert (best["id"], best["stage"], best["final"]["winner"]["leads"]) == ("g0.01", "final", {})
     assert best["final"]["baselines"] == [] and o.rival is None and o.target == (None, 0)
-    assert "g0.01" in evolve.end_text(rows, s, 300) and best["rival"]["id"] == "transformer-1x64"
+    assert "g0.01" in evolve.end_text(rows, s, 300, {}) and best["rival"]["id"] == "transformer-1x64"
     # everyone failed: the best of the search stands, unconfirmed
     rows = final_rows({name: [None] * 3 for name in tests}, s)
     best = winner(rows, s)
     assert (best["id"], best["stage"]) == ("g0.00", "search") and "final" not in best
-    assert "No genome was scored in a final" in evolve.end_text(rows, s, 300)
+    assert "No genome was scored in a final" in evolve.end_text(rows, s, 300, {})
 
 
 def test_the_transformer_is_no_winner():
@@ -2897,9 +2899,9 @@ def test_a_picture_that_dies_is_a_line(free_params, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(evolve, "draw_costs", dies)
         evolve.write_reports(tmp_path, rows, header, tiny(**BIG), {})
-    told = r"progress.png was not drawn: ZeroDivisionError: no room for a legend \(evolve.py:\d+ in picture\)\n"
+    told = r"progress.png was not made: ZeroDivisionError: no room for a legend \(evolve.py:\d+ in picture\)\n"
     assert re.fullmatch(told, capsys.readouterr().out)
-    assert [path.name for path in tmp_path.iterdir()] == ["best_genome.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"best_genome.json", "report.md"}
     evolve.write_reports(tmp_path, rows, header, tiny(**BIG), {})
     assert png_size((tmp_path / "progress.png").read_bytes())
     (tmp_path / "progress.png").unlink()
@@ -2986,12 +2988,11 @@ def test_what_became_of_every_op(free_params):
         for seed, operator in enumerate(("random", "repeat")):
             made = task(net, seed, name, generation=generation, operator=operator)
             rows.append(toy_result(made, val_bpb=score))
-    text = evolve.ops_text(rows, linear, s)  # three survive: a until generation 2
-    told = {line.split()[0]: line.split()[1:] for line in text.splitlines()[2:]}
-    assert list(told) == list(evolve.OPS)
-    assert told["linear"] == ["4", "to", "the", "end", "1"]
-    assert told["attention"] == ["1", "until", "generation", "2", "0"]
-    assert told["gru"] == ["0", "never", "0"]
+    losses, leaders = evolve.halfway_losses(rows), evolve.leaders_by_generation(rows, s.survivors)
+    lines = evolve.features_section(rows, losses, evolve.steps(rows, losses), leaders, linear)
+    told = {line.split(" | ")[0]: line.split(" | ")[1:4] for line in lines if line.startswith("| ")}
+    assert told["| linear"] == ["4", "the end", "1"] and told["| attention"] == ["1", "generation 2", "—"]
+    assert "| gru" not in told and lines[0].startswith("Nats per token")
 
 
 def test_lineage(free_params):
@@ -3009,9 +3010,6 @@ def test_lineage(free_params):
     rows += [row("g10.01", "g9.01"), row("g11.01", "g10.01 g0.03", "crossover+change_op")]
     found = evolve.lineage(rows, "g11.01")
     assert found == [rows[0], rows[2], rows[3], rows[6], rows[7]] and evolve.lineage(rows, "no such") == []
-    lines = evolve.lineage_text(rows, "g11.01").strip().splitlines()
-    assert lines[0] == "How g11.01 came to be" and [line.split()[0] for line in lines[2:]] == [r.id for r in found]
-    assert "crossover+change_op" in lines[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3159,10 +3157,11 @@ def test_the_code_that_decides():
         "final", "target", "grow", "long", "passes"))}  # fmt: skip
     idle = "Pool serve GpuTurn WorkerTurn turn_file Record read_results to_line write_whole find_controls code_hash "
     idle += "describe_run estimate standings outcome time_to_target lineage best_genome picture draw_scores "
-    idle += "draw_leads write_reports result_text final_text target_text "
+    idle += "draw_leads write_reports result_text target_text answer report steps importance final_table as_table "
     idle += (
-        "end_text evolve unless_all_crash slower_text begin_or_go_on check_ops run_command main save_model write_text"
+        "unbeaten harmless ablation_tasks begin_or_join rewrite_report settings_of end_text evolve unless_all_crash "
     )
+    idle += "slower_text begin_or_go_on check_ops run_command main save_model write_text"
     defined = {getattr(node, "name", "") for node in ast.parse((ROOT / "evolve.py").read_text()).body}
     assert set(idle.split()) <= defined and not found & set(idle.split()) and not found & set(evolve.CONSTANTS)
     data = {name for file, name in evolve.deciding_code(ROOT) if file == "prepare.py"}
@@ -3461,7 +3460,7 @@ def test_no_terminal_and_no_matplotlibrc_stops_a_run(toys, free_params, data_dir
     with run_in_session(log, *flags, encoding="latin-1", **env) as pid:
         assert exit_code(pid) == 0, log.read_text("latin-1")
     output = log.read_text("latin-1")
-    assert "norm?" in output and THE_FINAL in output and "was not drawn" not in output
+    assert "norm?" in output and THE_FINAL in output and "was not made" not in output
     assert len(rows_of(out)) == 3 + 4 + 4 + 8 and png_size((out / "progress.png").read_bytes())
 
 

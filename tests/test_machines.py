@@ -917,7 +917,7 @@ def test_a_run_without_a_score_says_that_there_is_no_picture(toys, command, tmp_
     monkeypatch.setattr(evolve, "evaluate", diverges)
     code, output = command("--max-generations=2", "--out", tmp_path)
     assert code == 0 and output.count("no progress.png") == 2, "after each generation; there is no final"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.tsv", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.tsv", "report.md", ".lock"}
     baseline, failed, scored = toy(task(stage="baseline", generation=None)), Result.of(task(), "crash"), toy(task())
     for rows, says in (([], 0), ([baseline], 0), ([baseline, failed], 1), ([failed, scored], 0)):
         header = evolve.describe_run(tiny(), SimpleNamespace(source="", fingerprint="", vocab_size=300), "cpu")

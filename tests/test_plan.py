@@ -124,6 +124,11 @@ def one_generation(nets, **changes) -> Settings:
     return small(max_generations=1, population_size=len(nets), **changes)
 
 
+def told(rows: list[Result], s: Settings) -> list[str]:
+    """The lines of the finals in the report."""
+    return evolve.final_section(rows, s, evolve.outcome(rows, s, VOCAB))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The tuning of a family
 
@@ -348,9 +353,9 @@ def test_a_second_family_is_tuned_and_led_over_as_well(monkeypatch, free_params,
         assert all(
             lead.mean == pytest.approx(means[name] - means[table[0].id]) for name, lead in table[0].leads.items()
         )
-        (head, line, *_) = evolve.table_text(table, {})
-        assert f"lead over {names[0]}, over {names[1]} on test" in head
-        assert line.endswith(f"{table[0].leads[names[0]]}, {table[0].leads[names[1]]}")
+        (head, _, line, *_) = evolve.final_table(table, [], {})
+        assert head.endswith(f"| lead over {names[0]} | lead over {names[1]} |")
+        assert line.endswith(" | ".join(["", *(evolve.signed(table[0].leads[name]) for name in names), ""]).rstrip())
     assert o.rival.id == min((st for st in o.final if evolve.family_of(st.id)), key=lambda st: st.val.mean).id
     assert evolve.family_of(o.rival.id) == rival
     kept = evolve.best_genome(rows, {}, s, o)
@@ -883,8 +888,8 @@ def test_what_does_not_fit_is_not_tried_and_is_named(monkeypatch):
     rows = played(after_search(nets, s), s)
     tried = {row.id for row in evolve.of_stage(rows, "grow")}
     assert tried == {"g0.01", "g0.01+1", "g0.02", *BEGUN}
-    text, least = evolve.end_text(rows, s, VOCAB), "parameters with its head tied, over MAX_PARAMS"
-    named = [line for line in text.splitlines() if "was not tried" in line]
+    least = "parameters with its head tied, over MAX_PARAMS"
+    named = [line.removeprefix("- ") for line in told(rows, s) if "was not tried" in line]
     assert f"g0.01+2 was not tried: 619,200 {least}" in named
     assert f"g0.02+1 was not tried: 619,200 {least}" in named
     assert all(f"{base}+1 was not tried: 819,200 {least}" in named for base in BEGUN)
@@ -897,7 +902,7 @@ def test_what_has_too_many_genes_is_not_tried_and_is_named(free_params):
     rows = played(after_search(nets, s), s)
     tried = {row.id for row in evolve.of_stage(rows, "grow")}
     assert "g0.01+1" not in tried and "g0.02+1" in tried and "g0.02+2" not in tried
-    named = [line for line in evolve.end_text(rows, s, VOCAB).splitlines() if "was not tried" in line]
+    named = [line.removeprefix("- ") for line in told(rows, s) if "was not tried" in line]
     assert f"g0.01+1 was not tried: {MAX_GENES + 2} genes, over MAX_GENES = {MAX_GENES}" in named
     assert f"g0.02+2 was not tried: {MAX_GENES + 2} genes, over MAX_GENES = {MAX_GENES}" in named
 
@@ -908,10 +913,10 @@ def test_a_baseline_that_would_grow_on_is_named(free_params):
     s = one_generation(nets, baseline_trials=1, finalists=1)
     rows = played(after_search(nets, s), s, lambda t: fake(t, deeper_is_better(99)))
     tried = [row.id for row in evolve.of_stage(rows, "grow") if evolve.family_of(row.id)]
-    text, most = evolve.end_text(rows, s, VOCAB), MAX_GENES // 4
+    text, most = told(rows, s), MAX_GENES // 4
     for base in BEGUN:
         assert [id for id in tried if id.startswith(base)] == [base, *(f"{base}+{n}" for n in range(1, most))]
-        assert f"{base}+{most} was not tried: {MAX_GENES + 4} genes, over MAX_GENES = {MAX_GENES}" in text
+        assert f"- {base}+{most} was not tried: {MAX_GENES + 4} genes, over MAX_GENES = {MAX_GENES}" in text
 
 
 def test_a_head_is_tied_where_that_makes_room(free_params):
@@ -982,9 +987,7 @@ def test_passes_are_looked_at_where_text_was_seen_more_than_once(free_params, se
             ("passes", i, first + n, 1.0, 0.2) for i in (o.winner.id, *baselines) for n in (0, 1)
         }
         assert all(st.passes == pytest.approx(1.1) for st in [*o.passes, *o.long])
-        assert "Is it that the text is seen more often? 1,024 tokens on 20% of the text, 2 seeds each" in (
-            evolve.end_text(rows, s, VOCAB)
-        )
+        assert "Is it that the text is seen more often? 1,024 tokens on 20% of the text." in told(rows, s)
 
 
 def test_passes_are_those_of_the_long_final_of_today(free_params):
@@ -1001,7 +1004,9 @@ def test_the_text_says_how_many_seeds_the_passes_had(free_params):
     s = small(final_seeds=2, long_seeds=3)
     rows = played([], s)
     (n,) = {len(st.test.values) for st in evolve.outcome(rows, s, VOCAB).passes}
-    assert f"of the text, {n} seeds each" in evolve.end_text(rows, s, VOCAB)
+    lines = told(rows, s)
+    own = lines[next(i for i, line in enumerate(lines) if line.startswith("Is it that")) :]
+    assert n == 2 and {line.split(" | ")[4] for line in own if line.startswith(("| g", "| t", "| m"))} == {"2"}
 
 
 def test_without_long_seeds_there_is_no_second_step(free_params):
@@ -1010,7 +1015,7 @@ def test_without_long_seeds_there_is_no_second_step(free_params):
     assert list(dict.fromkeys(row.stage for row in rows)) == ["baseline", "search", "final", "target"]
     o = evolve.outcome(rows, s, VOCAB)
     assert (o.long, o.passes, o.too_large, o.grown) == ([], [], {}, None)
-    text = evolve.end_text(rows, s, VOCAB)
+    text = "\n".join(told(rows, s))
     assert "Does the lead last?" not in text and "seen more often" not in text
     more = played(rows, small())
     assert more[: len(rows)] == rows and {row.stage for row in more[len(rows) :]} == {"grow", "long", "passes"}
@@ -1078,7 +1083,7 @@ def test_what_failed_after_the_search_is_tried_once_more(free_params, stage, tim
     assert o.final and o.long and o.passes and [row.stage for row in rows][-1] == "passes"
     lost = {st.id: st.failed for table in (o.final, o.long, o.passes) for st in table if st.failed}
     assert lost == ({failed[0][1]: 1} if times == 2 and stage in ("final", "long", "passes") else {})
-    assert f"({times - 1} failed)" in evolve.end_text(rows, s, VOCAB) or not lost
+    assert f", {times - 1} failed |" in "\n".join(told(rows, s)) or not lost
 
 
 def test_a_run_in_which_nothing_is_scored_ends(free_params):
@@ -1086,7 +1091,7 @@ def test_a_run_in_which_nothing_is_scored_ends(free_params):
         return fake(t, status="ok" if t.stage == "baseline" else "crash")
 
     rows = played([], small(), result)
-    assert "No genome was scored" in evolve.end_text(rows, small(), VOCAB)
+    assert "No genome was scored" in evolve.end_text(rows, small(), VOCAB, {})
     assert {row.stage for row in rows} == {"baseline", "search"}, "a final needs a finalist"
     assert evolve.best_genome(rows, {}, small(), evolve.outcome(rows, small(), VOCAB)) is None
 
@@ -1195,30 +1200,40 @@ def test_a_target_that_is_reached_before_the_first_point_or_by_some_seeds(finish
     assert evolve.target_text(evolve.outcome(none, s, VOCAB), s).endswith("with every seed (0 of 2 did)")
 
 
-def test_the_end_text_has_the_numbers(finished):
+def test_the_finals_in_the_report_have_the_numbers(finished):
     s, rows = finished
-    lines = evolve.end_text(rows, s, VOCAB).splitlines()
-    head, once, longer = (next(line for line in lines if line.startswith(start)) for start in
-                          ("The final:", "g0.01 ", "Does the lead last?"))  # fmt: skip
-    assert "1,024 tokens, 2 fresh seeds each" in head and "4,096 tokens, 2 fresh seeds each" in longer
-    assert once.split() == ["g0.01", "1.0100", "±", "0.1271", "0.5100", "±", "0.1271", "1.0100", "2.0", "0.1500", "±",
-                            "0.1271"]  # fmt: skip
-    base = next(line for line in lines if line.startswith("transformer-1x64"))
-    before = evolve.best_baselines(rows)[0].mean
-    assert base.split() == [
-        "transformer-1x64",
-        "1.1600",
-        "±",
-        "0.2541",
-        "0.6600",
-        "±",
-        "0.2541",
-        f"{before:.4f}",
-        "2.0",
+    lines = told(rows, s)
+    once, longer, seen = (next(line for line in lines if line.startswith(start)) for start in
+                          ("After", "Does the lead last?", "Is it that"))  # fmt: skip
+    assert "1,024 tokens, fresh seeds" in once and "4,096 tokens" in longer and "1,024 tokens on 25% of" in seen
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines[: lines.index(longer)]}
+    assert cells["| g0.01"] == [
+        "1.0100 ± 0.1271",
+        "0.5100 ± 0.1271",
+        "1.0100",
+        "2",
+        "2.00",
+        "1,000",
+        "+0.1500 ± 0.1271 |",
     ]
-    after = next(line for line in lines[lines.index(longer) :] if line.startswith("g0.01+1 "))
-    assert after.split()[1] == "0.8500" and after.split()[-3:] == ["0.0800", "±", "0.0000"]
-    assert "1,024 tokens on 25% of the text, 2 seeds each" in "\n".join(lines)
+    before = evolve.best_baselines(rows)[0].mean
+    assert cells["| transformer-1x64"] == [
+        "1.1600 ± 0.2541", "0.6600 ± 0.2541", f"{before:.4f}", "2", "2.00", "1,000", "— |"]  # fmt: skip
+    after = next(line for line in lines[lines.index(longer) :] if line.startswith("| g0.01+1 "))
+    assert after.split(" | ")[1].startswith("0.8500") and after.split(" | ")[-1] == "+0.0800 ± 0.0000 |"
+
+
+def test_the_end_text_says_what_came_of_it_in_short(finished):
+    s, rows = finished
+    text = evolve.end_text(rows, s, VOCAB, {})
+    assert len(text.splitlines()) < 12 and "report.md" in text and layers(2).summary in text
+    for part in (
+        "g0.01",
+        "1.0100 ± 0.1271 bits per byte on test after 1,024 tokens, 0.1500 ± 0.1271 better than transformer-1x64.",
+        "After 4,096 tokens g0.01 is 0.0300 ± 0.0000 better than transformer-1x64, g0.01+1 is 0.0800 ± 0.0000 better",
+        evolve.target_text(evolve.outcome(rows, s, VOCAB), s),
+    ):
+        assert part in text, part
 
 
 def test_best_genome_has_the_numbers_and_genomes_that_can_be_built(finished):
