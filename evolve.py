@@ -3715,8 +3715,9 @@ def made_by(header: dict, rows: list[Result], settings: Settings) -> str:
     data, device, torch_is, code = (header.get(name, "unknown") for name in ("data", "device", "torch", "code"))
     lacks = [name for name in ("order", "passes", "bpb_last") if all(getattr(row, name) is None for row in rows)]
     older = f", an earlier version, which did not record {', '.join(lacks)}" if lacks and rows else ""
+    begun = f" Generation 0 began with what was known: {header['start']}." if header.get("start") else ""
     run = f"{settings.strategy}, seed {settings.seed}, {budget_text(settings)} a trial on {device}, text {data}"
-    return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}."
+    return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}.{begun}"
 
 
 def report(rows: list[Result], header: dict, settings: Settings, controls: Controls, pictured: bool = False) -> str:
@@ -4177,8 +4178,10 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
-    if commands and commands != ["ablate"] and (args.start or args.ray is not None or args.minutes < math.inf):
-        raise Stop(f"--start, --ray and --minutes are for a search; they mean nothing beside --{commands[0]}")
+    if args.start and commands:
+        raise Stop(f"--start is for a search; it has no meaning beside --{commands[0]}")
+    if commands not in ([], ["ablate"]) and (args.ray is not None or args.minutes < math.inf):
+        raise Stop(f"--ray and --minutes are for a search and --ablate; they have no meaning beside --{commands[0]}")
     if not args.minutes > 0:
         raise Stop(f"--minutes {args.minutes:g}: has to be above 0")
     if (args.scale != 1 or args.deeper) and not args.train:

@@ -1560,7 +1560,7 @@ def test_without_baselines_and_final_there_is_the_search_alone():
     assert {row.stage for row in rows} == {"search"} and len(rows) == 3 * s.population_size
     assert evolve.best_baselines(rows) == []
     best = evolve.searched(rows)[0]
-    assert f"{best.id}, {best.mean:.4f}; FINALISTS = 0" in evolve.end_text(rows, s, VOCAB)
+    assert f"{best.id}, {best.mean:.4f}; FINALISTS = 0" in evolve.end_text(rows, s, VOCAB, {})
     content = evolve.best_genome(rows, {}, s, evolve.outcome(rows, s, VOCAB))
     assert content["stage"] == "search" and content["rival"] is None and content["id"] == best.id
     assert evolve.picture(rows, "a search", {}, evolve.outcome(rows, s, VOCAB), s)[:4] == b"\x89PNG"
@@ -1571,7 +1571,7 @@ def test_without_baselines_the_final_has_finalists_alone():
     rows = played([], s)
     assert {row.stage for row in rows} == {"search", "final"}
     assert {row.id for row in rows if row.stage == "final"} == {c.id for c in evolve.searched(rows)[: s.finalists]}
-    evolve.end_text(rows, s, VOCAB)
+    evolve.end_text(rows, s, VOCAB, {})
     assert evolve.best_genome(rows, {}, s, evolve.outcome(rows, s, VOCAB))["stage"] == "final"
     assert evolve.picture(rows, "no rival", {}, evolve.outcome(rows, s, VOCAB), s)
 
