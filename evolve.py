@@ -116,8 +116,8 @@ WORKERS: CountOr0 = 0  # processes: one trains, the others compile; 0: as many a
 DEADLINE: Count = 300  # seconds that building and compiling may take; training and scoring: plus twice the budget
 
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=5, token_budget=8_192,
-    max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=8_192, finalists=1, final_seeds=2, long_factor=2.0,
+    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=4, token_budget=4_096,
+    max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=4_096, finalists=1, final_seeds=2, long_factor=2.0,
     long_seeds=2, ablation_seeds=2,
 )  # fmt: skip
 # what may change within a run
@@ -2889,8 +2889,8 @@ def picture(rows: list[Result], title: str, controls: Controls, o: Outcome, sett
     last = max(r.generation for r in of_stage(rows, "search"))
     generations = sorted({r.generation for r in ok})
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=(10, 11.5 if o.winner else 9))
-        panels = {"better better": 1, "made cost": 1, **({"lead lead": 0.5} if o.winner else {})}
+        figure = Figure(figsize=(10, 13 if o.winner else 9))
+        panels = {"better better": 1, "made cost": 1, **({"lead lead": 0.8} if o.winner else {})}
         axes = figure.subplot_mosaic([row.split() for row in panels], height_ratios=list(panels.values()))
         if o.winner:
             draw_leads(axes["lead"], o, settings)
