@@ -2,6 +2,7 @@
 
     uv run tests/simulate.py                                    every strategy, with and without prescreen, 40 seeds
     uv run tests/simulate.py --seeds 4 elites "elites repeats=1 prescreen=10"        only these searches
+    uv run tests/simulate.py --records                          what the belief would have foretold in published runs
 
 Each search is evolve.py's own breeding, in the space of genome.py, for 25 generations of 12; only training is made up.
 A landscape says what each genome would score: what a ridge regression finds in the records of published runs, with
@@ -133,6 +134,29 @@ def run(arm: dict, seed: int, generations: int = 25) -> dict[str, float]:
     }
 
 
+def foretold(name: str) -> tuple[float, float, int]:
+    """Rank correlation of newcomers' scores in a record with what was to be expected of them before their generation,
+    by the belief and by the mean score of their parents: a mean over generations, weighted; and of how many newcomers.
+    """
+    settings = evolve.Settings()
+    rows = evolve.read_results((Path(__file__).resolve().parent.parent / name).read_bytes())[2]
+    rows, found = evolve.of_stage(rows, "search"), []
+    for generation in range(2, max(row.generation for row in rows) + 1):
+        earlier = [row for row in rows if row.generation < generation]
+        means = {c.id: c.mean for c in evolve.searched(earlier)}
+        new = [row for row in rows if row.generation == generation and row.is_newcomer and row.status == "ok"]
+        new = [row for row in new if row.parents and all(p in means for p in row.parents.split(","))]
+        belief = evolve.Belief(evolve.evidence(earlier, settings, VOCAB))
+        weights = evolve.WEIGHT**2 * belief.X.T @ (belief.precision @ belief.y)
+        expected = [weights @ belief.vector(evolve.parts(Genome.from_json(row.genome), VOCAB)) for row in new]
+        parents = [statistics.fmean(means[p] for p in row.parents.split(",")) for row in new]
+        scores = [row.val_bpb for row in new]
+        both = [evolve.rank_correlation(those, scores) for those in (expected, parents)]
+        found += [(*both, len(new))] if None not in both else []
+    total = sum(n for *_, n in found)
+    return sum(a * n for a, _, n in found) / total, sum(b * n for _, b, n in found) / total, total
+
+
 def arm_of(text: str) -> dict:
     """elites repeats=1 -> the settings that it names."""
     strategy, *changes = text.split()
@@ -151,7 +175,12 @@ def main():
     strategies = [*evolve.SELECTION, "random"]
     defaults = [f"{name} prescreen=1" for name in strategies] + [name for name in evolve.SELECTION if name != "drift"]
     parser.add_argument("arms", nargs="*", default=defaults)
+    parser.add_argument("--records", action="store_true")
     args = parser.parse_args()
+    if args.records:
+        for name in ("results.tsv", "runs/seed1-5s/results.tsv"):
+            print("{}: belief {:.2f}, parents {:.2f}, {} newcomers".format(name, *foretold(name)))
+        return
     first = None
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
