@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from copy_rows import copied
 from helpers import genes_have, remember_designs
 
 import evolve
@@ -1618,3 +1619,31 @@ def test_the_candidates_of_a_seed_are_trained_together_or_not_at_all(monkeypatch
     known = [fake(nets[0], seconds=10.0, outside=2.0)]
     assert [len(admitted(tasks, known, s, left, monkeypatch)) for left in (35, 37, 71, 73, 109)] == [0, 3, 3, 6, 9]
     assert len(admitted(tasks[2:], known, s, 30, monkeypatch)) == 1, "what is left of a seed"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tests/copy_rows.py
+
+
+def test_a_run_begins_with_rows_of_another(tmp_path):
+    s, data = small(), types.SimpleNamespace(source="text", fingerprint="f", vocab_size=VOCAB)
+    with evolve.Record(tmp_path / "a") as record:
+        record.begin(evolve.describe_run(s, data, "cpu"))
+        for row in played([], s, most=30):
+            record.append(row)
+        rows = list(record.rows)
+    source = tmp_path / "a" / "results.tsv"
+    tuned = [row for row in rows if row.stage == "baseline"]
+    assert copied(source, tmp_path / "b", "baseline", None, {"strategy": "random", "prescreen": "1"}) == len(tuned) > 5
+    other = dataclasses.replace(s, strategy="random", prescreen=1)
+    with evolve.Record(tmp_path / "b") as record:
+        assert evolve.differences(record.header, evolve.describe_run(other, data, "cpu")) == {}, "it goes on there"
+        assert record.rows == tuned
+        assert {t.stage for t in evolve.next_tasks(record.rows, other, VOCAB)} == {"search"}
+    first = [row for row in rows if row.generation == 0]
+    assert copied(source, tmp_path / "c", None, 0, {}) == len(first) == s.population_size
+    for out, changes, message in (("b", {}, "is there already"), ("d", {"no": "1"}, "no setting called no")):
+        with pytest.raises(Stop, match=message):
+            copied(source, tmp_path / out, "baseline", None, changes)
+    with pytest.raises(Stop, match="none"):
+        copied(tmp_path / "none", tmp_path / "e", "baseline", None, {})
