@@ -10,6 +10,7 @@ bpb      its val_bpb after 5, 10 and 30 seconds, three seeds (--seeds) each
 ops      forward and backward milliseconds of every op and trait choice
 soak     100 random genomes at 2 s each through the workers: time outside training, memory, statuses, and how many get
          below the unigram entropy
+outside  seconds of an evaluation beside its training, by what they go to, on the second genome of each kind
 designs  val_bpb of the named designs after 10 s
 hurdle   children of best_genome.json to their end, by kind: how each tenth of the loss curve ranks them, and whom the
          hurdle would stop wrongly
@@ -391,6 +392,38 @@ def soak(data, settings, n=100):
     print("  notes " + "; ".join(sorted({r.note for r in results if r.note})), flush=True)
 
 
+def outside(data, settings):
+    data = data.to(DEVICE)
+    print("seconds beside training: once ready to train, and before, while another one trains")
+    for name, genome in {"transformer-6x256": REFERENCE, "best_genome.json": the_winner()}.items():
+        for seed in range(2):  # the first compiles
+            times, start = {}, time.perf_counter()
+
+            def lap(what, times=times):
+                nonlocal start
+                torch.cuda.synchronize()
+                times[what], start = time.perf_counter() - start, time.perf_counter()
+
+            evolve.check_network(genome, seed)
+            lap("the check on the CPU")
+            trial = evolve.Trial(task_for(genome, seed), data, settings, settings.batch_tokens // settings.seq_len)
+            lap("building" if seed else "building and compiling")
+            step = trial.capture()
+            lap("warm-up and capture")
+            step()
+            lap("a step")
+            trial.sees_the_future()
+            lap("is the future seen?")
+            trial.score(data.val)
+            lap("scoring val")
+            trial.probe()
+            lap("does it copy? (in a final)")
+            del trial, step
+            evolve.free_memory()
+            lap("freeing memory")
+        print(f"  {name}: " + ", ".join(f"{what} {seconds:.3f}" for what, seconds in times.items()), flush=True)
+
+
 def unigram_entropy(data) -> float:
     """Bits per byte of a model that knows how frequent each token is in val, and nothing else."""
     counts = torch.bincount(torch.from_numpy(data.val.astype("int64")), minlength=data.vocab_size).double()
@@ -640,7 +673,7 @@ def worth(data, settings, seeds, only=""):
               f"speed x{after / before:.3f}", flush=True)  # fmt: skip
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, designs, hurdle, fidelity, inherit, worth)}
+BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, outside, designs, hurdle, fidelity, inherit, worth)}
 SECONDS = {"inherit": 10.0, "soak": 2.0, "designs": 10.0, "worth": 10.0}
 SEEDS = {"bpb": 3, "worth": 3}
 
