@@ -1249,12 +1249,10 @@ class Host:
         data = prepare.load(self.folder, verify=True)
         return {"device": name, "fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
 
-    def begin(self, gpus: int):
-        """Start the pool. gpus: of this machine, which share its cores."""
-        cores = sorted(os.sched_getaffinity(0)) if gpus and hasattr(os, "sched_setaffinity") else []
-        if len(cores) >= 2 * gpus > 0:
-            first = int(os.environ["CUDA_VISIBLE_DEVICES"].partition(",")[0])
-            os.sched_setaffinity(0, cores[first % gpus :: gpus])
+    def begin(self, share: int, shares: int):
+        """Start the pool, on one of so many shares of the cores of this machine: each of its GPUs has one."""
+        if hasattr(os, "sched_setaffinity") and cpu_cores() >= 2 * shares:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[share::shares])
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self):
@@ -1291,6 +1289,7 @@ class Member:
 
     actor: object
     node: str
+    share: int  # of its machine's cores
     hello: object  # a reference to what it says of itself; None once that is known
     tasks: dict = field(default_factory=dict)  # by the reference to its result
     since: float = field(default_factory=time.monotonic)  # when it last gave a sign of life
@@ -1362,14 +1361,14 @@ class RayPool:
         for m in [m for m in self.members if not m.tasks and not nodes.get(m.node, {}).get("Alive")]:
             self.members.remove(m)
         for id, node in nodes.items():
-            lacking = self.count(node) - sum(m.node == id for m in self.members)
-            for _ in range(lacking if id not in self.left_out else 0):
+            lacking = set(range(self.count(node))) - {m.share for m in self.members if m.node == id}
+            for share in sorted(lacking if id not in self.left_out else ()):
                 options = dict(num_cpus=int(self.kind == "CPU"), num_gpus=int(self.kind == "GPU"))
                 place = self.on_node(node_id=id, soft=False)
                 actor = self.host.options(**options, scheduling_strategy=place, max_concurrency=HELD + 1).remote(
                     *self.arguments
                 )
-                self.members.append(Member(actor, id, actor.describe.remote()))
+                self.members.append(Member(actor, id, share, actor.describe.remote()))
         new = {m.hello: m for m in self.members if m.hello}
         for hello in self.ray.wait(list(new), num_returns=len(new), timeout=wait)[0] if new else []:
             m = new[hello]
@@ -1380,7 +1379,7 @@ class RayPool:
                 if self.left_out.setdefault(m.node, problem) == problem:
                     say(f"{name} takes no part: {problem}")
             else:
-                m.actor.begin.remote(self.count(nodes[m.node]) if self.kind == "GPU" else 0)
+                m.actor.begin.remote(m.share, self.count(nodes[m.node]))
         if not self.members and self.left_out:
             raise Stop(f"No {self.kind} of the cluster can take part: {'; '.join(sorted(set(self.left_out.values())))}")
         if not self.members and not self.waits:
