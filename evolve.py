@@ -33,6 +33,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import heapq
 import importlib
 import itertools
 import json
@@ -225,7 +226,6 @@ from genome import (  # noqa: E402
     Genome,
     GenomeError,
     Model,
-    choices_in,
     crossover,
     folded,
     grown,
@@ -334,6 +334,12 @@ class Result:
         curve = self.curve
         loss = curve[tenth - 1] if len(curve) >= tenth else math.nan
         return math.inf if math.isnan(loss) else loss
+
+    @property
+    def whole_tenth(self) -> int:
+        """The last tenth that it trained to the end, of one that was stopped; 0 where there is none."""
+        begun = [tenth for tenth, loss in enumerate(self.curve, start=1) if not math.isnan(loss)]
+        return begun[-2] if len(begun) > 1 else 0
 
     @property
     def is_newcomer(self) -> bool:
@@ -1219,10 +1225,11 @@ def worker_count(settings: Settings, data: prepare.Dataset, device: torch.device
 # More than one GPU: a pool of its own on each, held together by Ray (Moritz et al. 2018; https://docs.ray.io), an extra
 # that is imported here alone. The driver keeps plan and record; tasks and results cross as plain values.
 
-HELD = 3  # tasks that a GPU has: one trains, two compile
+HELD = 4  # tasks that a GPU has: one trains, the others compile
 LOOK = 3.0  # seconds between looks at who is there
 SLOW = 60.0  # seconds that the start waits for those who are slow to say who they are
-ATTEMPTS = 3  # of a task, where its GPUs are lost; then it is a crash
+SILENT = 120.0  # seconds without a sign of life after which a GPU counts as lost
+ATTEMPTS = 3  # of a task, where its GPUs are lost, and of a start; then it is a crash
 
 
 def task_values(task: Task) -> dict:
@@ -1255,14 +1262,19 @@ class Host:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[share::shares])
         threading.Thread(target=self.work, daemon=True).start()
 
+    def alive(self):
+        """Answers where this process does."""
+
     def work(self):
         try:
-            with Pool(prepare.load(self.folder), self.settings, self.device, self.out) as pool:
+            data = prepare.load(self.folder)
+            workers = min(HELD, worker_count(self.settings, data, self.device))
+            with Pool(data, dataclasses.replace(self.settings, workers=workers), self.device, self.out) as pool:
                 for result in pool.run(self.tasks()):
                     self.waiting.pop(result.evaluation).set_result(dataclasses.asdict(result))
         except Exception as error:
             self.problem = error
-            for future in self.waiting.values():
+            for future in list(self.waiting.values()):
                 future.set_exception(error)
 
     def tasks(self) -> Iterator[Task | None]:
@@ -1292,17 +1304,23 @@ class Member:
     share: int  # of its machine's cores
     hello: object  # a reference to what it says of itself; None once that is known
     tasks: dict = field(default_factory=dict)  # by the reference to its result
-    since: float = field(default_factory=time.monotonic)  # when it last gave a sign of life
+    device: str = ""
+    sign: object = None  # a reference to its next sign of life,
+    since: float = field(default_factory=time.monotonic)  # and when there was the last
 
 
 class RayPool:
     """run(tasks) as that of Pool, on all GPUs of a cluster that are of one model.
 
     Those that come are used, and what is lost with those that go is done elsewhere. address: of a cluster that runs,
-    or "" to start one on this machine. Raises Stop where Ray is missing or no GPU can take part.
+    or "" to start one on this machine. known: the model that is preferred, if there is one. ends: as time.monotonic()
+    has it, when waiting for a GPU ends. Raises Stop where Ray is missing or no GPU can take part.
     """
 
-    def __init__(self, address: str, data: prepare.Dataset, settings: Settings, out: Path):
+    def __init__(
+        self, address: str, data: prepare.Dataset, settings: Settings, out: Path, known: str | None = None,
+        ends: float = math.inf,
+    ):  # fmt: skip
         try:
             import ray
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -1329,12 +1347,19 @@ class RayPool:
         self.expected = {"fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
         self.members: list[Member] = []
         self.left_out: dict[str, str] = {}  # nodes, and why
-        self.gpu_seconds, self.looked, self.waits = 0.0, -math.inf, False
+        self.deaths: collections.Counter = collections.Counter()  # of nodes, before anybody there was heard
+        self.gpu_seconds, self.looked, self.waits, self.ends = 0.0, -math.inf, False, ends
         self.kind = "GPU" if any(node["Resources"].get("GPU") for node in ray.nodes()) else "CPU"
-        self.look()
         until = time.monotonic() + SLOW
-        while "device" not in self.expected or (any(m.hello for m in self.members) and time.monotonic() < until):
+        while not (there := [m.device for m in self.members if m.device]) or (
+            len(there) < len(self.members) and time.monotonic() < until
+        ):
             self.look(wait=1.0)
+            if time.monotonic() > ends:
+                raise Stop(f"No {self.kind} of the cluster answered in time")
+        self.expected["device"] = known if known in there else collections.Counter(there).most_common(1)[0][0]
+        for m in [m for m in self.members if m.device]:
+            self.judge(m)
 
     def __enter__(self) -> "RayPool":
         return self
@@ -1350,7 +1375,7 @@ class RayPool:
 
     @property
     def gpus(self) -> int:
-        return max(1, len(self.members))
+        return max(1, sum(not m.hello for m in self.members))
 
     def count(self, node: dict) -> int:
         return int(node["Resources"].get(self.kind, 0)) if node["Alive"] else 0
@@ -1365,44 +1390,61 @@ class RayPool:
             for share in sorted(lacking if id not in self.left_out else ()):
                 options = dict(num_cpus=int(self.kind == "CPU"), num_gpus=int(self.kind == "GPU"))
                 place = self.on_node(node_id=id, soft=False)
-                actor = self.host.options(**options, scheduling_strategy=place, max_concurrency=HELD + 1).remote(
+                actor = self.host.options(**options, scheduling_strategy=place, max_concurrency=HELD + 2).remote(
                     *self.arguments
                 )
                 self.members.append(Member(actor, id, share, actor.describe.remote()))
         new = {m.hello: m for m in self.members if m.hello}
         for hello in self.ray.wait(list(new), num_returns=len(new), timeout=wait)[0] if new else []:
-            m = new[hello]
-            problem = self.heard(m)
-            if problem:
-                self.members.remove(m)
-                name = nodes.get(m.node, {}).get("NodeManagerAddress", m.node)
-                if self.left_out.setdefault(m.node, problem) == problem:
-                    say(f"{name} takes no part: {problem}")
-            else:
-                m.actor.begin.remote(m.share, self.count(nodes[m.node]))
-        if not self.members and self.left_out:
+            self.hear(new[hello])
+        signs = {m.sign: m for m in self.members if m.sign}
+        for sign in self.ray.wait(list(signs), num_returns=len(signs), timeout=0)[0] if signs else []:
+            signs[sign].sign, signs[sign].since = None, time.monotonic()
+        for m in self.members:
+            m.sign = m.sign or (None if m.hello else m.actor.alive.remote())
+        if not self.members and self.left_out and not self.expected.get("device"):
             raise Stop(f"No {self.kind} of the cluster can take part: {'; '.join(sorted(set(self.left_out.values())))}")
         if not self.members and not self.waits:
-            say(f"The cluster has no {self.kind} now: waiting for one")
+            say(f"The cluster has no {self.kind} now that can take part: waiting for one")
         self.waits, self.looked = not self.members, time.monotonic()
 
-    def heard(self, m: Member) -> str:
-        """What is wrong with a member that has described itself, or ""."""
+    def hear(self, m: Member):
+        """What a new member says of itself."""
         try:
             found, m.hello, m.since = self.ray.get(m.hello), None, time.monotonic()
-        except self.ray.exceptions.RayError as error:
-            return first_line(getattr(error, "cause", None) or error)
+        except self.ray.exceptions.RayTaskError as error:
+            return self.leave_out(m, first_line(error.cause))
+        except self.ray.exceptions.RayError as error:  # it died; it is tried again, but not for ever
+            self.members.remove(m)
+            self.deaths[m.node] += 1
+            if self.deaths[m.node] >= ATTEMPTS:
+                self.left_out[m.node] = first_line(error)
+            return
+        m.device = found.pop("device")
+        self.judge(m, found)
+
+    def judge(self, m: Member, found: dict | None = None):
+        """Let a member begin that is like the others, once it is known what they are; leave out one that is not."""
         advice = {
             "fingerprint": "prepare the same text there with the prepare.py of this folder",
             "code": "have the same checkout there, at the same path",
             "torch": "have the same environment there: uv sync --extra ray",
             "device": "results of two kinds of GPU do not mix",
         }
-        self.expected.setdefault("device", found["device"])
-        for name, value in self.expected.items():
-            if found[name] != value:
-                return f"its {name} is {found[name]}, not {value}; {advice[name]}"
-        return ""
+        for name, value in {**(found or {}), "device": m.device}.items():
+            if value != self.expected.get(name, value):
+                return self.leave_out(m, f"its {name} is {value}, not {self.expected[name]}; {advice[name]}")
+        if "device" in self.expected:
+            m.actor.begin.remote(m.share, sum(other.node == m.node for other in self.members))
+
+    def leave_out(self, m: Member, why: str):
+        """Use a member's node no more."""
+        self.ray.kill(m.actor)
+        self.members.remove(m)
+        if m.node not in self.left_out:
+            address = {node["NodeID"]: node["NodeManagerAddress"] for node in self.ray.nodes()}.get(m.node, m.node)
+            say(f"{address} takes no part: {why}")
+        self.left_out[m.node] = why
 
     def run(self, tasks: Iterable[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
         """Yield the results of tasks as they come; calls tick twice a second or more."""
@@ -1411,15 +1453,16 @@ class RayPool:
         while True:
             if time.monotonic() - self.looked > LOOK:
                 self.look()
+            if time.monotonic() + SPARE > self.ends:
+                todo.clear()
             ready = [m for m in self.members if not m.hello]
             while ready and len((m := min(ready, key=lambda m: len(m.tasks))).tasks) < HELD:
                 task = todo.popleft() if todo else next(source, None)
                 if task is None:
                     break
-                m.since = m.since if m.tasks else time.monotonic()
                 m.tasks[m.actor.evaluate.remote(task_values(task))] = task
             owner = {ref: m for m in ready for ref in m.tasks}
-            if ready and not owner:
+            if not owner and (ready or time.monotonic() + SPARE > self.ends):
                 return
             done = self.ray.wait(list(owner), timeout=0.5)[0] if owner else []
             if not owner:  # nobody is there
@@ -1427,14 +1470,15 @@ class RayPool:
             tick()
             now = time.monotonic()
             self.gpu_seconds, before = self.gpu_seconds + (now - before) * len(ready), now
-            gone = [m for m in ready if m.tasks and now - m.since > self.patience(m)]
+            gone = [m for m in ready if now - m.since > SILENT]
             for ref in done:
                 m = owner[ref]
-                m.since = now
                 try:
                     result = Result(**self.ray.get(ref))
                 except self.ray.exceptions.RayTaskError as error:  # its pool cannot go on
                     self.left_out[m.node] = first_line(error.cause)
+                    if len(self.members) == 1:
+                        raise Stop(first_line(error.cause)) from None
                     say(f"A {self.kind} takes no part any more: {first_line(error.cause)}")
                     gone.append(m)
                 except self.ray.exceptions.RayError:
@@ -1453,10 +1497,6 @@ class RayPool:
                     else:
                         note = f"the {self.kind} that evaluated it was lost, {ATTEMPTS} times"
                         yield Result.of(task, "crash", note=note)
-
-    def patience(self, m: Member) -> float:
-        """Seconds without a result after which a member has hung: its own pool ends what hangs sooner."""
-        return 2 * max(self.settings.deadline + training_limit(task, self.settings) for task in m.tasks.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2002,7 +2042,7 @@ def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> l
 
 Draw = Callable[[random.Random], Candidate]
 TOURNAMENT = 5  # genomes that are drawn, half of all at most, of which the best becomes a parent
-AGE = 60  # newcomers, after so many a genome no longer breeds by `aging`
+AGE = 60  # of the scored genomes the youngest, which breed by `aging`
 PROTECTED = 2  # the best, which breed all the same
 NEIGHBOURS = 10  # the most similar genomes, from which `novelty` measures how far one is
 OBJECTIVES = {"val_bpb": 1, "params": 1, "tokens_per_s": -1, "memory_mb": 1}  # of `pareto`; 1: less is better
@@ -2104,7 +2144,8 @@ def lexicase(known: list[Candidate], settings: Settings) -> Draw:
     """Thirds of the window in random order: who is worse than the best by more than the median distance from the
     median drops out at each (La Cava et al. 2019, epsilon-lexicase)."""
     cases = [tuple(getattr(c.first, name) for c in known) for name in ("bpb_first", "bpb_middle", "bpb_last")]
-    cases = [case for case in cases if None not in case] or [tuple(c.mean for c in known)]
+    cases = [case for case in cases if all(x is not None and math.isfinite(x) for x in case)]
+    cases = cases or [tuple(c.mean for c in known)]
     middle = [statistics.median(case) for case in cases]
     epsilon = [statistics.median(abs(x - m) for x in case) for case, m in zip(cases, middle, strict=True)]
 
@@ -2237,14 +2278,15 @@ def evidence(rows: list[Result], settings: Settings, vocab_size: int) -> list[Ev
 
 def at_the_hurdle(row: Result, scored: list[Result], settings: Settings) -> tuple[float | None, float]:
     """What a newcomer would have scored that was stopped, by those that were not, and how uncertain that is."""
-    tenth = sum(not math.isnan(loss) for loss in row.curve) - 1  # the last that is whole
+    tenth = row.whole_tenth
     known = [(outlook(r.loss_of(tenth), r.tokens_per_s or 1, settings), r.val_bpb) for r in scored]
     known = [(x, y) for x, y in known if x < math.inf] if tenth > 0 else []
     if len({x for x, _ in known}) < 3:
         return None, 0.0
     slope, level = statistics.linear_regression(*zip(*known, strict=True))
     off = statistics.fmean((level + slope * x - y) ** 2 for x, y in known) ** 0.5
-    return level + slope * outlook(row.loss_of(tenth), row.tokens_per_s or 1, settings), max(NOISE, off)
+    score = level + slope * outlook(row.loss_of(tenth), row.tokens_per_s or 1, settings)
+    return max(score, min(y for _, y in known)), max(NOISE, off)  # who was stopped is not the best
 
 
 class Belief:
@@ -2765,7 +2807,7 @@ def result_text(r: Result) -> str:
             f"{what:<16}  {r.summary}{test}{note}")  # fmt: skip
 
 
-def stage_text(rows: list[Result], settings: Settings, task: Task) -> str:
+def stage_text(rows: list[Result], task: Task) -> str:
     """How things stand after the generation or the round of a task; nothing in the final."""
     if task.stage == "baseline":
         best = best_baselines(rows)
@@ -3129,8 +3171,7 @@ def halfway_losses(rows: list[Result]) -> dict[tuple, float]:
     Who was stopped before is taken at its last whole tenth, less what the losses of the others fell from there.
     """
     trained = [row for row in of_stage(rows, "search") if row.status in ("ok", "stopped")]
-    tenth = {row.evaluation: CURVE if row.status == "ok" else sum(not math.isnan(loss) for loss in row.curve) - 1
-             for row in trained}  # fmt: skip
+    tenth = {row.evaluation: CURVE if row.status == "ok" else row.whole_tenth for row in trained}
     whole = [row for row in trained if tenth[row.evaluation] >= 5 and row.halfway_loss < math.inf]
 
     @functools.cache
@@ -3178,9 +3219,12 @@ def steps(rows: list[Result], losses: dict[tuple, float]) -> list[Step]:
 @functools.lru_cache(maxsize=10_000)
 def features(genome: Genome) -> frozenset[tuple]:
     """Its ops, (op,), and what is not as usual: (op, trait, choice), of wiring "any", of the genome itself "genome"."""
-    usual = {"any": {**WIRING, "share": (False,)}, "genome": GENOME_TRAITS} | {n: op.traits for n, op in OPS.items()}
-    found = choices_in(genome) | {("genome", name, getattr(genome, name)) for name in GENOME_TRAITS}
-    return frozenset(f for f in found if len(f) == 1 or f[2] != usual[f[0]][f[1]][0])
+    nodes = genome.network
+    found = {(node.gene.op,) for node in nodes} | {("any", "share", True) for node in nodes if node.owner is not None}
+    for node in nodes:
+        found |= {("any" if name in WIRING else node.gene.op, name, value) for name, value in node.gene.unusual}
+    own = {name: getattr(genome, name) for name in GENOME_TRAITS}
+    return frozenset(found | {("genome", *trait) for trait in own.items() if trait[1] != GENOME_TRAITS[trait[0]][0]})
 
 
 def feature_text(feature: tuple) -> str:
@@ -3337,11 +3381,15 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
         sentences += [f"{target_text(o, settings)}."] if rival and raced[0].budget == 1 else []
     else:
         rival, raced = next(iter(best_baselines(rows)), None), rows
-        lacking = [stage for stage in STAGES if not of_stage(rows, stage)]
-        now_in = [stage for stage in STAGES if stage not in lacking][-1]
+        wanted = [stage for stage in STAGES if stage != "baseline" or settings.baseline_trials]
+        lacking = [stage for stage in wanted if not of_stage(rows, stage)]
+        now_in = [stage for stage in wanted if stage not in lacking][-1]
+        last = max(row.generation for row in known)
         sentences = [
-            f"The run is not finished: its record ends in the {now_in}, with generation {known[-1].generation}. It "
-            f"lacks {', '.join(lacking) or 'what is left of that'}.",
+            f"The run is not finished: its record ends in the {now_in}, with generation {last}. It lacks "
+            f"{', '.join(lacking) or 'what is left of that'}."
+            if settings.finalists
+            else f"This is a search alone, without a final (FINALISTS = 0), up to generation {last}.",
             f"{best.id} leads, {best.genome.summary}: {best.mean:.4f} bits per byte on val, evaluated "
             f"{len(best.scores)} x{f'; the best baseline, {rival.id}, has {rival.mean:.4f}' if rival else ''}. "
             "No final has confirmed that.",
@@ -3712,8 +3760,9 @@ def ablation_section(rows: list[Result], settings: Settings) -> list[str]:
 def made_by(header: dict, rows: list[Result], settings: Settings) -> str:
     """Of which run, and by which version of the program."""
     data, device, torch_is, code = (header.get(name, "unknown") for name in ("data", "device", "torch", "code"))
-    lacks = [name for name in ("order", "passes", "bpb_last") if all(getattr(row, name) is None for row in rows)]
-    older = f", an earlier version, which did not record {', '.join(lacks)}" if lacks and rows else ""
+    ok = [row for row in rows if row.status == "ok"]
+    lacks = [name for name in ("order", "passes", "bpb_last") if all(getattr(row, name) is None for row in ok)]
+    older = f", an earlier version, which did not record {', '.join(lacks)}" if lacks and ok else ""
     begun = f" Generation 0 began with what was known: {header['start']}." if header.get("start") else ""
     run = f"{settings.strategy}, seed {settings.seed}, {budget_text(settings)} a trial on {device}, text {data}"
     return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}.{begun}"
@@ -3722,7 +3771,9 @@ def made_by(header: dict, rows: list[Result], settings: Settings) -> str:
 def report(rows: list[Result], header: dict, settings: Settings, controls: Controls, pictured: bool = False) -> str:
     """report.md. pictured: whether progress.png stands beside it."""
     rows = [harmless_row(row) for row in rows]
-    header = {name: harmless(value) for name, value in header.items()}
+    start = header.get("start")
+    listed = {"start": "; ".join(map(str, start))} if isinstance(start, list) else {}
+    header = {name: harmless(value) for name, value in {**header, **listed}.items()}
     settings = dataclasses.replace(settings, strategy=harmless(settings.strategy))
     controls = {(what, harmless(value)): other for (what, value), other in controls.items()}
     o = outcome_of_record(rows, settings, vocab_size_of(header))
@@ -3831,7 +3882,7 @@ def evolve(
     out = record.path.parent
     at_work = contextlib.nullcontext(cluster) if cluster else Pool(data, settings, device, out)
     with ThreadPoolExecutor(1) as reporter, at_work as pool:
-        written, busy = None, 0.0
+        written, busy, at_first = None, 0.0, len(record.rows)
         while tasks := plan(record.rows):
             done, ends = len(record.rows), STARTED + 60 * minutes
             begun = progress(pool, in_time(tasks, record.rows, settings, pool, ends), len(tasks), tasks[0])
@@ -3840,7 +3891,7 @@ def evolve(
                 record.append(result)
                 busy += (result.seconds or 0) + (result.outside or 0)
                 say(result_text(result))
-            if text := stage_text(record.rows, settings, tasks[0]):
+            if len(record.rows) > done and (text := stage_text(record.rows, tasks[0])):
                 say(text)
             if written:
                 written.result()  # raises what went wrong
@@ -3849,10 +3900,12 @@ def evolve(
                 break
     if written:
         written.result()
-    if tasks:
+    if tasks and len(record.rows) == at_first:
+        say(f"--minutes {minutes:g}: too short for what comes next ({tasks[0].stage}); nothing was done")
+    elif tasks:
         say(f"\n--minutes {minutes:g}: no other evaluation would end in time. Run the same command again to go on")
-    if pool.gpu_seconds:
-        say(f"GPUs stood idle for {max(0.0, 1 - busy / pool.gpu_seconds):.0%} of the time")
+    if pool.gpu_seconds and record.header["device"] != "cpu":
+        say(f"{max(0.0, 1 - busy / pool.gpu_seconds):.0%} of the GPU time passed without training or scoring")
     return not tasks
 
 
@@ -3880,7 +3933,10 @@ def in_time(
         wanted = list(group)
         ended = {row.evaluation for row in rows[known:]}
         ahead = [task for task in begun if task.evaluation not in ended]
-        if sum(map(cost, ahead + wanted)) / pool.gpus + SPARE > ends - time.monotonic():
+        free = [0.0] * pool.gpus  # when each will be, in seconds from now
+        for task in ahead + wanted:
+            heapq.heapreplace(free, free[0] + cost(task))
+        if max(free) + SPARE > ends - time.monotonic():
             return
         begun += wanted
         yield from wanted
@@ -3952,7 +4008,10 @@ def read_start(files: list[str], settings: Settings) -> list[Genome]:
     """The genomes of files, best_genome.json or of their own, that --start puts into generation 0. Raises Stop."""
     found: dict[str, Genome] = {}
     for file in files:
-        (genome,) = read_designs(Path(file), 1.0, 0).values()
+        try:
+            (genome,) = read_designs(Path(file), 1.0, 0).values()
+        except GenomeError as error:
+            raise Stop(f"--start {file}: {error}") from None
         if not genome.mixes_tokens:
             raise Stop(f"--start {file}: no token of it sees another")
         if genome.key in found:
@@ -4177,6 +4236,8 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
+    if args.new and commands:
+        raise Stop(f"--new begins a search again; it has no meaning beside --{commands[0]}")
     if args.start and commands:
         raise Stop(f"--start is for a search; it has no meaning beside --{commands[0]}")
     if commands not in ([], ["ablate"]) and (args.ray is not None or args.minutes < math.inf):
@@ -4216,14 +4277,20 @@ def run_command(args: argparse.Namespace):
         check_device(name, device, settings)
         return train_one(args, designs, settings, data, device)
     out = Path(args.out or ("demo" if args.demo else "."))
+    own = out / "best_genome.json"
+    if any(Path(file).resolve() == own.resolve() for file in args.start):
+        raise Stop(f"--start {own}: this run will write that file; copy it first, or use --out DIR")
     with contextlib.ExitStack() as stack:
-        cluster = None if args.ray is None else stack.enter_context(RayPool(args.ray, data, settings, out))
-        name = cluster.device_name if cluster else name
+        record, cluster = stack.enter_context(Record(out)), None
+        if args.ray is not None:
+            known = (record.header or {}).get("device")
+            ends = STARTED + 60 * args.minutes
+            cluster = stack.enter_context(RayPool(args.ray, data, settings, out, known, ends))
+            name = cluster.device_name
         check_device(name, device, settings)
         if torch.cuda.device_count() > 1 and not cluster:
             say(f"{torch.cuda.device_count()} GPUs: this run uses the first. All of them: uv run --extra ray evolve.py "
                 "--ray. Another run on another one: CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip
-        record = stack.enter_context(Record(out))
         header, plan = describe_run(settings, data, name), lambda rows: next_tasks(rows, settings, data.vocab_size)
         if args.ablate:
             begin_or_join(record, header)

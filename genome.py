@@ -116,6 +116,7 @@ class Op(nn.Module):
     tuned = False
     traits: dict[str, tuple] = {}
     retired: dict[str, tuple] = {}
+    gone: dict[str, object] = {}  # traits of earlier files, each with the choice that is all there is today
 
     def __init_subclass__(cls, name: str, mixes_tokens: bool = False, keeps_width: bool = False):
         if name in OPS:
@@ -293,6 +294,8 @@ class Conv1d(Op, name="conv1d", mixes_tokens=True):
 class Shift(Op, name="shift", mixes_tokens=True, keeps_width=True):
     """Mix each channel with its value at the token before, by a learned share (token shift; Peng et al. 2023, RWKV)."""
 
+    gone = {"mix": "channel"}
+
     def __init__(self, d_in, d_out):
         super().__init__()
         self.mix = nn.Parameter(torch.full((d_in,), 0.5))
@@ -309,6 +312,7 @@ class Ngram(Op, name="ngram", mixes_tokens=True):
     """
 
     traits = {"n": (2, 1, 3), "slots": (8_192, 4_096, 16_384, 32_768), "gated": (True, False)}
+    gone = {"signs": False}
 
     @staticmethod
     def settle(traits):
@@ -402,6 +406,7 @@ class Attention(Op, name="attention", mixes_tokens=True):
     }
     # What costs more than it gains (tests/bench.py worth): a window of 256 is slower than none.
     retired = {"window": (256,), "rope_base": (1_000,)}
+    gone = {"pattern": "near"}
     HIDDEN = 8  # units of the additive similarity
     tuned = True  # or four heads take 19 % longer than they need (0.889 ms against 0.745 at width 256, one H200)
 
@@ -675,6 +680,7 @@ class Retention(Op, name="retention", mixes_tokens=True):
         "position": ("rope", "none"),
         "gating": ("output", "none"),
     }
+    gone = {"write": "add"}
 
     def __init__(self, d_in, d_out, heads, decay, position, gating):
         super().__init__()
@@ -982,7 +988,8 @@ class Gene:
         self, /, op, dim=None, activation="none", input=1, skip=0, share=0, repeat=1, scale="none", stride=1, **traits
     ):
         check_choice("op", op, tuple(OPS))
-        declared = OPS[op].traits
+        declared, gone = OPS[op].traits, OPS[op].gone
+        traits = {name: value for name, value in traits.items() if name not in gone or value != gone[name]}
         unknown = next((name for name in traits if name not in declared), None)
         if unknown is not None:
             raise GenomeError(f"{op}: no trait {shown(unknown)}; it has {', '.join(declared) or 'none'}")

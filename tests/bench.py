@@ -44,6 +44,7 @@ from designs import NAMED_DESIGNS
 import evolve
 import genome as genomes
 import prepare
+from evolve import rank_correlation
 from genome import COMPILED, LEVELS, OPS, Block, Frame, Gene, Genome, compile_part, random_genome, transformer
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
@@ -452,25 +453,14 @@ def the_winner() -> Genome:
     return next(iter(evolve.read_designs(Path("best_genome.json"), 1.0, 0).values()))
 
 
-def ranks(values) -> list[int]:
-    """The place of each value, from 1; nothing here is tied but by accident."""
-    return [sorted(values).index(value) + 1 for value in values]
-
-
-def spearman(a, b) -> float:
-    """Rank correlation."""
-    return statistics.correlation(ranks(a), ranks(b))
-
-
 def with_interval(a, b, samples=2000) -> str:
     """The rank correlation with its 95 % interval, from resampled pairs (Efron 1979)."""
     rng, pairs, drawn = random.Random(0), list(zip(a, b, strict=True)), []
     while len(drawn) < samples:
         some = rng.choices(pairs, k=len(pairs))
-        if len(set(some)) > 2:
-            drawn.append(spearman(*zip(*some, strict=True)))
+        drawn += [r] if (r := rank_correlation(*zip(*some, strict=True))) is not None else []
     drawn.sort()
-    return f"{spearman(a, b):5.2f} ({drawn[samples // 40]:.2f} to {drawn[-samples // 40]:.2f})"
+    return f"{rank_correlation(a, b):5.2f} ({drawn[samples // 40]:.2f} to {drawn[-samples // 40]:.2f})"
 
 
 def children_of(parent: Genome, small) -> dict[str, Genome]:
@@ -501,7 +491,7 @@ def hurdle(data, settings, share=evolve.HURDLE):
     print("rank correlation of a tenth of the loss curve with the final score, 95 % interval")
     for tenth in range(evolve.CURVE):
         print(f"  {tenth + 1:2d}  {with_interval([r.curve[tenth] for r in results], scores)}")
-    at_half, at_end = ranks([r.halfway_loss for r in results]), ranks(scores)
+    at_half, at_end = ([sorted(own).index(x) + 1 for x in own] for own in ([r.halfway_loss for r in results], scores))
     limit = math.ceil(share * len(results))
     print(f"child, its rank of {len(results)} half-way and at the end; stopped beyond {limit}")
     for r, half, end in sorted(zip(results, at_half, at_end, strict=True), key=lambda x: x[2]):
@@ -535,7 +525,7 @@ def fidelity(data, settings, budgets=(0.25, 0.5, 1.0, 2.0)):
     print(f"rank correlation between budgets, {len(names)} genomes; last, of the half-way loss with the score")
     for a in budgets:
         half = [done[name, a].halfway_loss for name in names]
-        print(f"  {a:5g}" + "".join(f"{spearman(scores[a], scores[b]):7.2f}" for b in budgets)
+        print(f"  {a:5g}" + "".join(f"{rank_correlation(scores[a], scores[b]):7.2f}" for b in budgets)
               + f"     {with_interval(half, scores[a])}", flush=True)  # fmt: skip
 
 

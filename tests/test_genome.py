@@ -1457,6 +1457,15 @@ NONE_OF_IT = {  # what those that came later have to be where a file does not na
 PUBLISHED = [HERE / "results.tsv", *sorted((HERE / "runs").glob("*/results.tsv"))]
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if OPS[op].gone])
+def test_traits_that_are_gone_are_read_where_they_did_nothing(op):
+    (name, value), width = *OPS[op].gone.items(), None if OPS[op].keeps_width else 64
+    written = {"op": op, "dim": width, name: value}
+    assert Genome.from_json(json.dumps({"genes": [written]})).genes == (Gene(op, width),)
+    with pytest.raises(GenomeError, match=f"no trait '{name}'"):
+        Genome.from_json(json.dumps({"genes": [{**written, name: "another"}]}))
+
+
 @pytest.mark.parametrize("op", BEFORE)
 def test_a_gene_of_before_means_the_same(op):
     retired = OPS[op].retired

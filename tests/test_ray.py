@@ -80,7 +80,6 @@ def test_the_record_is_that_of_the_local_pool(data, data_dir, tmp_path, capfd):
         assert evolve.main([*FLAGS, "--data-dir", data_dir, "--out", str(tmp_path / name), *flags]) == 0, (
             capfd.readouterr()
         )
-        assert "GPUs stood idle for" in capfd.readouterr().out
     assert not ray.is_initialized(), "what was started is ended"
     alone, on_ray = (rows_of(tmp_path / name) for name in ("alone", "ray"))
     assert alone == on_ray and len(alone) == 8 and {row["status"] for row in alone} == {"ok"}
@@ -110,7 +109,7 @@ def test_members_and_nodes_come_and_go(cluster, data, tmp_path):
                 hung = pool.members[1]
                 pid = ray.get(hung.actor.__ray_call__.remote(lambda host: os.getpid()))
                 os.kill(pid, signal.SIGSTOP)
-                patch.setattr(RayPool, "patience", lambda pool, m, hung=hung: 5.0 if m is hung else 10**6)
+                patch.setattr(evolve, "SILENT", 15.0)
         os.kill(pid, signal.SIGCONT)
     assert collections.Counter(r.id for r in found) == dict.fromkeys((t.id for t in tasks), 1)
     assert {r.status for r in found} == {"ok"}
@@ -121,29 +120,26 @@ def test_what_is_lost_again_and_again_is_a_crash(cluster, data, tmp_path, monkey
     monkeypatch.setattr(evolve, "ATTEMPTS", 2)
     monkeypatch.setattr(evolve, "LOOK", 0.2)
     with RayPool(cluster.address, data, S, tmp_path) as pool:
-        heard = RayPool.heard
+        judge = RayPool.judge
 
-        def killed_once_heard(pool, m):
-            problem = heard(pool, m)
+        def killed_once_judged(pool, m, found=None):
+            judge(pool, m, found)
             ray.kill(m.actor)
-            return problem
 
-        monkeypatch.setattr(RayPool, "heard", killed_once_heard)
+        monkeypatch.setattr(RayPool, "judge", killed_once_judged)
         for m in pool.members:
             ray.kill(m.actor)
         (result,) = pool.run(some(1))
     assert result.status == "crash" and "was lost, 2 times" in result.note
 
 
-@pytest.mark.parametrize("what, advice", [("fingerprint", "prepare the same text"), ("code", "the same checkout")])
+@pytest.mark.parametrize("what, advice", [("fingerprint", "prepare the same text"), ("code", "have the same checkout")])
 def test_who_differs_takes_no_part(cluster, data, tmp_path, monkeypatch, what, advice):
     if what == "fingerprint":
         data = dataclasses.replace(data, meta={**data.meta, "fingerprint": "another"})
     else:
         monkeypatch.setattr(evolve, "code_hash", lambda: "another")
-    with pytest.raises(
-        Stop, match=rf"No CPU of the cluster can take part: its {what} is .*, not another; {advice}|have"
-    ):
+    with pytest.raises(Stop, match=rf"No CPU of the cluster can take part: its {what} is .*, not another; {advice}"):
         RayPool(cluster.address, data, S, tmp_path)
     ray.shutdown()
 

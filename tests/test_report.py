@@ -815,3 +815,31 @@ def test_probes_of_a_model_that_does_not(seq_len):
 
 def test_windows_too_short_for_probes():
     assert probe(copies(9), 3) == [None] * 4
+
+
+def test_a_search_alone_says_so():
+    s = Settings(**{**SMALL, "baseline_trials": 0, "finalists": 0})
+    rows = played(s)
+    text = evolve.report(rows, {"vocab_size": 300}, s, {})
+    assert "a search alone, without a final (FINALISTS = 0), up to generation 2." in text and "not finished" not in text
+
+
+def test_a_run_without_a_score_is_none_of_an_earlier_version():
+    s = Settings(**SMALL)
+    crashed = [Result.of(task, "crash", note="no") for task in evolve.next_tasks([], s, 300)]
+    assert "an earlier version" not in evolve.made_by({}, crashed, s)
+
+
+def test_what_a_run_began_with_is_listed():
+    s = Settings(**SMALL)
+    text = evolve.report(played(s), {"start": [f"{n:012d} norm→ssm" for n in range(3)], "vocab_size": 300}, s, {})
+    assert "Generation 0 began with what was known: 000000000000 norm→ssm&#59; 000000000001 norm→ssm" in text
+
+
+def test_shared_weights_are_a_feature():
+    genome = Genome((Gene("gate", 64), Gene("gate", 64, share=1)), embed_dim=64)
+    assert ("any", "share", True) in evolve.features(genome)
+    assert evolve.features(Genome((Gene("gate", 64, kind="gelu", stride=2),), embed_dim=64, tied=True)) == {
+        ("gate",), ("gate", "kind", "gelu"), ("any", "stride", 2), ("genome", "tied", True),
+        ("genome", "embed_dim", 64),
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import statistics
+import types
 import typing
 
 import numpy as np
@@ -150,6 +151,8 @@ def test_lexicase_draws_specialists():
     assert min(times.values()) > 100, "each case comes first as often"
     without = [dataclasses.replace(r, bpb_first=None, bpb_middle=None, bpb_last=None) for r in rows]
     assert "g0.04" not in drawn("lexicase", without), "a record without thirds: by the whole"
+    no_third = [dataclasses.replace(r, bpb_last=math.nan) for r in rows]  # of windows of two tokens
+    assert "g0.04" not in drawn("lexicase", no_third)
 
 
 def test_map_elites_draws_the_best_of_each_cell():
@@ -345,6 +348,16 @@ def test_evidence_of_all_that_trained():
     assert [e.id for e in evolve.evidence([*whole[:2], stopped], S, VOCAB)] == ["g0.00", "g0.01"], "no line through two"
 
 
+def test_a_stopped_newcomer_is_taken_at_its_last_whole_tenth_and_never_as_the_best():
+    nets = some(6)
+    whole = [row(f"g0.0{i}", nets[i], 1.2 + i / 100, losses=losses(*[3 - i / 10] * 10)) for i in range(4)]  # it falls
+    late = row("g0.04", nets[4], None, status="stopped", losses="3.9,nan,3.5,nan,nan,3.3" + ",nan" * 4)  # a slow step
+    short = row("g0.05", nets[5], None, status="stopped", losses=losses(9.0))
+    assert (late.whole_tenth, short.whole_tenth, whole[0].whole_tenth) == (3, 0, 9)
+    found = {e.id: e.score for e in evolve.evidence([*whole, late, short], S, VOCAB)}
+    assert found["g0.04"] == 1.2 and "g0.05" not in found
+
+
 def test_bad_scores_are_all_alike():
     nets = some(2)
     rows = [row("g0.01", nets[0], 1.3), row("g0.02", nets[1], 2.9)]
@@ -464,3 +477,14 @@ def test_start_refuses_what_cannot_be_bred(tmp_path):
     ):
         with pytest.raises(evolve.Stop, match=message):
             evolve.read_start(files, S)
+
+
+def test_a_run_is_not_started_from_a_file_that_it_will_write(tmp_path, capsys, monkeypatch):
+    (tmp_path / "best_genome.json").write_text(transformer(1, 64).to_json())
+    monkeypatch.setattr(evolve, "check_ops", lambda: None)
+    split = range(10_000)
+    data = types.SimpleNamespace(train=split, val=split, test=split, vocab_size=VOCAB, source="text", fingerprint="f")
+    monkeypatch.setattr(evolve.prepare, "open_source", lambda **_: data)
+    flags = ["--token-budget=1024", "--out", str(tmp_path), "--seq-len=128", "--batch-tokens=256"]
+    assert evolve.main([*flags, "--start", str(tmp_path / "best_genome.json")]) == 1
+    assert "this run will write that file; copy it first" in capsys.readouterr().err
