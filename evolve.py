@@ -4280,6 +4280,8 @@ def run_command(args: argparse.Namespace):
     own = out / "best_genome.json"
     if any(Path(file).resolve() == own.resolve() for file in args.start):
         raise Stop(f"--start {own}: this run will write that file; copy it first, or use --out DIR")
+    if args.ray is None:
+        check_device(name, device, settings)
     with contextlib.ExitStack() as stack:
         record, cluster = stack.enter_context(Record(out)), None
         if args.ray is not None:
@@ -4287,8 +4289,8 @@ def run_command(args: argparse.Namespace):
             ends = STARTED + 60 * args.minutes
             cluster = stack.enter_context(RayPool(args.ray, data, settings, out, known, ends))
             name = cluster.device_name
-        check_device(name, device, settings)
-        if torch.cuda.device_count() > 1 and not cluster:
+            check_device(name, device, settings)
+        elif torch.cuda.device_count() > 1:
             say(f"{torch.cuda.device_count()} GPUs: this run uses the first. All of them: uv run --extra ray evolve.py "
                 "--ray. Another run on another one: CUDA_VISIBLE_DEVICES=1 uv run evolve.py --out DIR")  # fmt: skip
         header, plan = describe_run(settings, data, name), lambda rows: next_tasks(rows, settings, data.vocab_size)
