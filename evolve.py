@@ -7,6 +7,7 @@
     uv run evolve.py --write model.safetensors --prompt "The moon"      let a saved model write
     uv run evolve.py --ablate best_genome.json      train it without each of its parts: what are they worth?
     uv run evolve.py --report DIR                   write the report of any record once more
+    uv run --extra ray evolve.py --ray              on all GPUs of this machine, or of a Ray cluster
 
 Reads the tokens that prepare.py wrote (and prepares them first where there are none). Writes results.tsv, one line per
 evaluation; everything else (what is evaluated next, report.md, progress.png, best_genome.json) is a function of its
@@ -87,7 +88,7 @@ Strategy = Literal["elites", "aging", "lineages", "novelty", "pareto", "lexicase
 
 # The search
 POPULATION_SIZE: Count = 12  # evaluations in a generation: survivors once more, and newcomers
-SURVIVORS: Count = 3  # genomes that breed the next generation
+SURVIVORS: Count = 3  # best genomes, which are evaluated again, and with STRATEGY elites breed the next generation
 REPEATS: Count = 3  # evaluations of a survivor, one a generation, each with a new seed; after that its mean stands
 MUTATION_RATE: Share = 0.3  # chance of each further mutation after the first, and of one after a crossover
 CROSSOVER_RATE: Share = 0.3  # share of children with two parents
