@@ -197,6 +197,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
     return settings
 
 
+def constants_of(settings: Settings) -> dict:
+    """The settings without the genomes of --start."""
+    return {name.lower(): getattr(settings, name.lower()) for name in CONSTANTS}
+
+
 def budget_text(settings: Settings) -> str:
     return f"{settings.token_budget:,} tokens" if settings.token_budget else f"{settings.time_budget:g} s"
 
@@ -1327,7 +1332,7 @@ class RayPool:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
         except ImportError as error:
             raise Stop(f"--ray needs Ray ({error}), an extra: uv run --extra ray evolve.py --ray") from None
-        self.ray, self.on_node, self.settings, self.data = ray, NodeAffinitySchedulingStrategy, settings, data
+        self.ray, self.on_node = ray, NodeAffinitySchedulingStrategy
         # Ray would else copy this folder, and build its environment anew, for each of its processes.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -1343,8 +1348,7 @@ class RayPool:
             ) from None
         # As a module, not as the script that is run: processes elsewhere have to find it by its name.
         self.host = ray.remote(importlib.import_module("evolve").Host)
-        constants = {name.lower(): getattr(settings, name.lower()) for name in CONSTANTS}
-        self.arguments = (constants, data.folder.name, str(out.resolve()))
+        self.arguments = (constants_of(settings), data.folder.name, str(out.resolve()))
         self.expected = {"fingerprint": data.fingerprint, "code": code_hash(), "torch": torch.__version__}
         self.members: list[Member] = []
         self.left_out: dict[str, str] = {}  # nodes, and why
@@ -1396,10 +1400,10 @@ class RayPool:
                 )
                 self.members.append(Member(actor, id, share, actor.describe.remote()))
         new = {m.hello: m for m in self.members if m.hello}
-        for hello in self.ray.wait(list(new), num_returns=len(new), timeout=wait)[0] if new else []:
+        for hello in self.arrived(new, wait):
             self.hear(new[hello])
         signs = {m.sign: m for m in self.members if m.sign}
-        for sign in self.ray.wait(list(signs), num_returns=len(signs), timeout=0)[0] if signs else []:
+        for sign in self.arrived(signs, 0):
             signs[sign].sign, signs[sign].since = None, time.monotonic()
         for m in self.members:
             m.sign = m.sign or (None if m.hello else m.actor.alive.remote())
@@ -1408,6 +1412,10 @@ class RayPool:
         if not self.members and not self.waits:
             say(f"The cluster has no {self.kind} now that can take part: waiting for one")
         self.waits, self.looked = not self.members, time.monotonic()
+
+    def arrived(self, refs: dict, wait: float) -> list:
+        """Those of the references that are there, all of them or after so many seconds."""
+        return self.ray.wait(list(refs), num_returns=len(refs), timeout=wait)[0] if refs else []
 
     def hear(self, m: Member):
         """What a new member says of itself."""
@@ -1788,7 +1796,7 @@ def code_hash() -> str:
 
 def describe_run(settings: Settings, data: prepare.Dataset, device: str) -> dict:
     """The header of a record."""
-    own = {name.lower(): getattr(settings, name.lower()) for name in CONSTANTS if name.lower() not in MAY_CHANGE}
+    own = {name: value for name, value in constants_of(settings).items() if name not in MAY_CHANGE}
     own |= {"start": [f"{genome.key} {genome.summary}" for genome in settings.start]} if settings.start else {}
     data_is = {"data": data.source, "fingerprint": data.fingerprint, "vocab_size": data.vocab_size}
     return {**own, **data_is, "device": device, "torch": torch.__version__, "code": code_hash()}
@@ -2264,30 +2272,37 @@ def evidence(rows: list[Result], settings: Settings, vocab_size: int) -> list[Ev
     scored = [row for row in rows if row.status == "ok"]
     if not scored:
         return []
-    cut = min(row.val_bpb for row in scored) + CLIP
-    found = []
+    cut, found = min(row.val_bpb for row in scored) + CLIP, []
+
+    @functools.cache
+    def line(tenth: int) -> tuple[float, float, float, float] | None:
+        return line_at(tenth, scored, settings)
+
     for row in rows:
         score, noise = row.val_bpb, NOISE
         if row.status == "diverged":
             score, noise = cut, CLIP / 2
-        if row.status == "stopped":
-            score, noise = at_the_hurdle(row, scored, settings)
+        if row.status == "stopped" and (known := line(row.whole_tenth)):
+            slope, level, noise, best = known
+            at = outlook(row.loss_of(row.whole_tenth), row.tokens_per_s or 1, settings)
+            score = max(best, level + slope * at)  # who was stopped is not the best
         if score is not None:
             found.append(Evidence(row.id, parts(Genome.from_json(row.genome), vocab_size), min(score, cut), noise))
     return found
 
 
-def at_the_hurdle(row: Result, scored: list[Result], settings: Settings) -> tuple[float | None, float]:
-    """What a newcomer would have scored that was stopped, by those that were not, and how uncertain that is."""
-    tenth = row.whole_tenth
-    known = [(outlook(r.loss_of(tenth), r.tokens_per_s or 1, settings), r.val_bpb) for r in scored]
-    known = [(x, y) for x, y in known if x < math.inf] if tenth > 0 else []
+def line_at(tenth: int, scored: list[Result], settings: Settings) -> tuple[float, float, float, float] | None:
+    """How scores go with the outlook after a tenth: slope and level of a line, what they are off it, and the best.
+
+    None where too few are known.
+    """
+    known = [(outlook(r.loss_of(tenth), r.tokens_per_s or 1, settings), r.val_bpb) for r in scored] if tenth else []
+    known = [(x, y) for x, y in known if x < math.inf]
     if len({x for x, _ in known}) < 3:
-        return None, 0.0
+        return None
     slope, level = statistics.linear_regression(*zip(*known, strict=True))
     off = statistics.fmean((level + slope * x - y) ** 2 for x, y in known) ** 0.5
-    score = level + slope * outlook(row.loss_of(tenth), row.tokens_per_s or 1, settings)
-    return max(score, min(y for _, y in known)), max(NOISE, off)  # who was stopped is not the best
+    return slope, level, max(NOISE, off), min(y for _, y in known)
 
 
 class Belief:

@@ -439,15 +439,6 @@ def designs(data, settings):
     list(evaluated([task_for(g, id=name) for name, g in named.items()], settings, data))
 
 
-def scores_of(named: dict[str, Genome], settings, data, seeds: int) -> dict[str, list[float]]:
-    """val_bpb of each genome with each of the seeds, nan where there is none."""
-    tasks = [task_for(g, seed, name) for seed in range(seeds) for name, g in named.items()]
-    scores = {name: [float("nan")] * seeds for name in named}
-    for r in evaluated(tasks, settings, data):
-        scores[r.id][r.seed] = r.val_bpb if r.status == "ok" else float("nan")
-    return scores
-
-
 def the_winner() -> Genome:
     """The genome of best_genome.json."""
     return next(iter(evolve.read_designs(Path("best_genome.json"), 1.0, 0).values()))

@@ -164,10 +164,6 @@ def arm_of(text: str) -> dict:
     return {"strategy": strategy, **{name: type(getattr(evolve.Settings(), name))(value) for name, value in pairs}}
 
 
-def both(job):
-    return run(*job)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=40)
@@ -185,7 +181,7 @@ def main():
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         for arm in args.arms:
-            results = pool.map(both, [(arm_of(arm), seed) for seed in range(args.seeds)], chunksize=1)
+            results = pool.starmap(run, [(arm_of(arm), seed) for seed in range(args.seeds)], chunksize=1)
             scores, means = (
                 [r["score"] for r in results],
                 {k: statistics.fmean(r[k] for r in results) for k in results[0]},
