@@ -1327,14 +1327,14 @@ class RayPool:
         self, address: str, data: prepare.Dataset, settings: Settings, out: Path, known: str | None = None,
         ends: float = math.inf,
     ):  # fmt: skip
+        # Read when Ray is imported: it would else copy this folder, and build its environment anew, for each process.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         try:
             import ray
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
         except ImportError as error:
             raise Stop(f"--ray needs Ray ({error}), an extra: uv run --extra ray evolve.py --ray") from None
         self.ray, self.on_node = ray, NodeAffinitySchedulingStrategy
-        # Ray would else copy this folder, and build its environment anew, for each of its processes.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         local = {} if address else {"address": "local", "include_dashboard": False}
         environment = {"env_vars": {"PYTHONPATH": path}}
