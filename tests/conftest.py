@@ -1,0 +1,7 @@
+"""The commands that tests start meet signals as a terminal's do, also where the tests run under nohup or behind `&`."""
+
+import signal
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # goes on doing nothing here; a command started from here has the default
