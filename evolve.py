@@ -275,9 +275,7 @@ class Task:
 class Result:
     """One evaluation, as the trial fills it in; one line of results.tsv. None is what was not measured.
 
-    status: ok, diverged, oom (out of memory), leak (sees the future), dead (the input does not reach the output),
-    stopped (at the hurdle), stalled (training stood still for a while, so that its seconds do not count), timeout, or
-    crash. Only ok has a score.
+    status: one of STATUSES, of which only ok has a score.
     """
 
     stage: str
@@ -1512,7 +1510,17 @@ class RayPool:
 # The record: results.tsv. The first line says what run it is, the second names the columns, then a line per evaluation.
 
 COLUMNS = {f.name: (typing.get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(Result) if f.name != "trace"}
-STATUSES = ("ok", "diverged", "oom", "leak", "dead", "stopped", "stalled", "timeout", "crash")
+STATUSES = {  # all but ok are without a score and can never win
+    "ok": "trained and scored",
+    "diverged": "its loss or score was no number, or its loss stayed above that of a uniform guess",
+    "oom": "out of memory, alone on the card and with one row at a time",
+    "leak": "a later token changed an earlier prediction",
+    "dead": "no token changed anything",
+    "stopped": "a newcomer without prospect, ended by the hurdle",
+    "stalled": "training stood still for a while, twice, as where the process was suspended: its seconds do not count",
+    "timeout": "it hung past DEADLINE",
+    "crash": "it raised an error, or its process ended or was killed, twice",
+}
 
 
 def to_line(result: Result) -> str:
@@ -2890,6 +2898,7 @@ def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome
         return [standing(s) for s in table if family_of(s.id)]
 
     best = next(c for c in found if not o.winner or c.id == o.winner.id)
+    family = lineage(rows, best.id)
     result = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
     if o.winner:
         share, reached = o.target
@@ -2920,8 +2929,8 @@ def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome
         "rival": rival and {"id": rival.id, "genome": json.loads(rival.genome.to_json())},
         "settings": header,
         "torch": header.get("torch"),
-        "descends_from": [row.id for row in lineage(rows, best.id) if row.operator == "start"],  # of --start
-        "lineage": [{name: getattr(row, name) for name in shown} for row in lineage(rows, best.id)],
+        "descends_from": [row.id for row in family if row.operator == "start"],  # of --start
+        "lineage": [{name: getattr(row, name) for name in shown} for row in family],
     }
 
 
@@ -2959,10 +2968,8 @@ def picture(rows: list[Result], title: str, controls: Controls, o: Outcome, sett
         for name in ("better", "made"):
             axes[name].set_xlabel("generation")
             axes[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        title = re.sub(r"\S{50}(?=\S)", r"\g<0> ", title).replace(
-            "$", r"\$"
-        )  # lines break at spaces; $ begins mathematics
-        figure.suptitle(title, fontsize=12, wrap=True)
+        title = re.sub(r"\S{50}(?=\S)", r"\g<0> ", title)  # lines break at spaces
+        figure.suptitle(title.replace("$", r"\$"), fontsize=12, wrap=True)  # $ begins mathematics
         figure.tight_layout()
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=110, format="png")
@@ -3055,9 +3062,8 @@ def draw_ops(axis, ok: list[Result], last: int):
         top = base + [counts[g][op] / max(1, counts[g].total()) for g in range(last + 1)]
         if (top > base).any():
             look = dict(color=COLOURS[i % len(COLOURS)], hatch=["", "//", "..", "xx"][i // len(COLOURS)])
-            look |= dict(
-                edgecolor="white", lw=0.3 if last < 100 else 0
-            )  # of many columns the edges would hide the rest
+            # the edges of many columns would hide the rest
+            look |= dict(edgecolor="white", lw=0.3 if last < 100 else 0)
             axis.stairs(top, edges, baseline=base, fill=True, label=op, **look)
         base = top
     axis.set(title="What is it made of?", ylabel="share of genes, norms aside", ylim=(0, 1), xlim=(-0.5, last + 0.5))
@@ -3709,10 +3715,13 @@ def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str
     causes = collections.defaultdict(collections.Counter)
     for row in rows:
         if row.status != "ok":
-            causes[row.status][row.note or {"stopped": "the hurdle"}.get(row.status, "no note")] += 1
-    listed = [[status, own.total(), "; ".join(f"{note} ({n})" for note, n in own.most_common(3))]
-              for status, own in sorted(causes.items())]  # fmt: skip
-    lines += as_table(["status", "evaluations", "causes, the most frequent first"], listed) if listed else []
+            causes[row.status][row.note] += 1
+    listed = [
+        [status, own.total(), STATUSES[status],
+         "; ".join(f"{note} ({n})" for note, n in own.most_common(3) if note) or None]
+        for status, own in sorted(causes.items())
+    ]  # fmt: skip
+    lines += as_table(["status", "evaluations", "what happened", "notes, the most frequent first"], listed)
     slower = [row for row in rows if "against its first evaluation" in row.note]
     told = "; ".join(f"{row.id} {row.note}" for row in slower[:10])
     lines += [f"{len(slower)} repeats trained at another speed than at first: {told}.", ""] if slower else []
@@ -4289,15 +4298,14 @@ def run_command(args: argparse.Namespace):
         with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
             return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    if args.train:
+    if args.ray is None:
         check_device(name, device, settings)
+    if args.train:
         return train_one(args, designs, settings, data, device)
     out = Path(args.out or ("demo" if args.demo else "."))
     own = out / "best_genome.json"
     if any(Path(file).resolve() == own.resolve() for file in args.start):
         raise Stop(f"--start {own}: this run will write that file; copy it first, or use --out DIR")
-    if args.ray is None:
-        check_device(name, device, settings)
     with contextlib.ExitStack() as stack:
         record, cluster = stack.enter_context(Record(out)), None
         if args.ray is not None:

@@ -17,6 +17,8 @@ hurdle   children of best_genome.json to their end, by kind: how each tenth of t
 fidelity a dozen unlike genomes at a quarter, a half, one and two times the budget: how one budget ranks for another
 inherit  children of best_genome.json that begin with its weights and train for a third of the budget: does that rank
          them better than from scratch?
+anchor   the best baseline of results.tsv once more, with the seed of its first evaluation: is this card as fast as the
+         one that the record is of? Ends with an error where it is not
 worth    what each choice of the search space adds to a transformer or to best_genome.json, 10 s, three seeds each
 """
 
@@ -654,7 +656,25 @@ def worth(data, settings, seeds, only=""):
               f"speed x{after / before:.3f}", flush=True)  # fmt: skip
 
 
-BENCHMARKS = {f.__name__: f for f in (speed, frame, bpb, ops, soak, outside, designs, hurdle, fidelity, inherit, worth)}
+def anchor(data, settings):
+    header, _, rows = evolve.read_results(Path("results.tsv").read_bytes())
+    settings, card = evolve.settings_of(header, rows), torch.cuda.get_device_name(DEVICE)
+    if not (baselines := evolve.best_baselines(rows)):
+        return print("anchor: results.tsv has no baseline yet")
+    best = min(baselines, key=lambda c: c.mean)
+    task = evolve.Task("bench", best.id, best.genome, best.first.seed, best.first.order)
+    (again,), first = evaluated([task], settings, data), best.first
+    if again.status != "ok":
+        raise SystemExit(f"anchor: {first.id} ended with status {again.status}. {again.note}")
+    change = again.tokens_per_s / first.tokens_per_s - 1
+    print(f"anchor: {first.id}, seed {first.seed}: val_bpb {again.val_bpb:.4f} ({first.val_bpb:.4f} in the record), "
+          f"{again.tokens_per_s:,} tokens/s ({first.tokens_per_s:,}; {change:+.1%})", flush=True)  # fmt: skip
+    if card != header["device"] or abs(change) > evolve.SLOWER:
+        raise SystemExit(f"{card} is not as the {header['device']} of the record: do not go on with it here")
+
+
+MEASURED = (speed, frame, bpb, ops, soak, outside, designs, hurdle, fidelity, inherit, anchor, worth)
+BENCHMARKS = {f.__name__: f for f in MEASURED}
 SECONDS = {"inherit": 10.0, "soak": 2.0, "designs": 10.0, "worth": 10.0}
 SEEDS = {"bpb": 3, "worth": 3}
 

@@ -4,4 +4,5 @@ import signal
 
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, lambda *_: None)  # goes on doing nothing here; a command started from here has the default
+        # Goes on doing nothing here, while a command that is started from here has the default again.
+        signal.signal(number, lambda *_: None)
