@@ -1703,15 +1703,20 @@ def differences(header: dict, other: dict) -> dict[str, str]:
     return {name: f"{name.upper()} ({header.get(name)}, here {other.get(name)})" for name in names}
 
 
+def in_short(differs: dict[str, str]) -> str:
+    """The first two of the differences between runs, and how many more."""
+    return ", ".join(list(differs.values())[:2]) + (f" and {len(differs) - 2} more" if len(differs) > 2 else "")
+
+
 Controls = dict[tuple[str, str | int], list[Result]]  # ("strategy", "random") or ("seed", 1): the rows of that run
 
 
 def find_controls(out: Path, header: dict) -> Controls:
     """The runs in out/runs that differ from this one in STRATEGY alone or in SEED alone, of each the last by name.
 
-    Says which are left out, and why.
+    Says which are left out, and why; of those that differ in much how many.
     """
-    found = {}
+    found, unlike_this = {}, 0
     for path in sorted(out.glob("runs/*/results.tsv")):
         try:
             other, _, rows = read_results(path.read_bytes())
@@ -1722,9 +1727,13 @@ def find_controls(out: Path, header: dict) -> Controls:
         if list(differs) in (["strategy"], ["seed"]):
             (what,) = differs
             found[what, other[what]] = rows
+        elif len(differs) > 3:
+            unlike_this += 1
         else:
-            why = ", ".join(list(differs.values())[:2]) + (f" and {len(differs) - 2} more" if len(differs) > 2 else "")
-            say(f"{path} is left out of the picture: {f'it differs in {why}' if differs else 'it is the same run'}")
+            why = f"it differs in {in_short(differs)}" if differs else "it is the same run"
+            say(f"{path} is left out of the picture: {why}")
+    if unlike_this:
+        say(f"{out / 'runs'}: {unlike_this} differing in more than STRATEGY or SEED left out of the picture")
     return found
 
 
@@ -2831,6 +2840,18 @@ def result_text(r: Result) -> str:
             f"{what:<16}  {r.summary}{test}{note}")  # fmt: skip
 
 
+HEADINGS = {  # what the console says where a stage begins
+    "baseline": "Baselines: what people build, tuned for this budget",
+    "search": "The search",
+    "final": "The final: fresh seeds, scored on test too",
+    "target": "The winner after parts of the budget: when does it reach what its rival reaches?",
+    "grow": "A longer budget, for which designs may grow (+1, +2): one trial each to choose",
+    "long": "The final at the longer budget: fresh seeds",
+    "passes": "The usual budget on less text, seen as often as in the longer one",
+    "ablate": "The design whole and without each of its parts",
+}
+
+
 def stage_text(rows: list[Result], task: Task) -> str:
     """How things stand after the generation or the round of a task; nothing in the final."""
     if task.stage == "baseline":
@@ -2843,7 +2864,8 @@ def stage_text(rows: list[Result], task: Task) -> str:
     best, noise = next(iter(searched(rows)), None), noise_floor(rows)
     parts = [f"generation {task.generation}:"]
     if best:
-        parts.append(f"best {best.mean:.4f} ({best.id}, evaluated {len(best.scores)} x)")
+        n = len(best.scores)
+        parts.append(f"best {best.mean:.4f} ({best.id}{f', mean of {n}' if n > 1 else ''})")
     parts.append(f"median {statistics.median(scores):.4f}" if scores else "no score")
     parts.append(f"noise {noise:.4f}" if noise is not None else "noise not yet known")
     failed = collections.Counter(r.status for r in mine if r.status != "ok")
@@ -2870,16 +2892,18 @@ def target_text(o: Outcome, settings: Settings) -> str:
     return f"{o.winner.id} needs {least}{budget_times(settings, share.mean)} for {what}: {share} of the time"
 
 
-def end_text(rows: list[Result], settings: Settings, vocab_size: int, controls: Controls) -> str:
-    """What came of a run that is finished, in short."""
+def end_text(rows: list[Result], settings: Settings, vocab_size: int, controls: Controls, out: Path) -> str:
+    """What came of a run that is finished, in short, and where the rest is."""
     o = outcome(rows, settings, vocab_size)
     if o.winner is None:
         best = next(iter(searched(rows)), None)
         if best and not settings.finalists:
             return f"\nThe best of the search is {best.id}, {best.mean:.4f}; FINALISTS = 0: no final confirms it"
         return "\nNo genome was scored in a final; see the status column of results.tsv"
-    return "\n".join(["", *answer(rows, settings, controls, o), "", "report.md tells the rest, progress.png shows it, "
-                      "best_genome.json is the design"])  # fmt: skip
+    files = (
+        f"{out / 'report.md'} tells the rest, {out / 'progress.png'} shows it, {out / 'best_genome.json'} is the design"
+    )
+    return "\n".join(["", *answer(rows, settings, controls, o), "", files])
 
 
 def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome) -> dict | None:
@@ -3073,8 +3097,10 @@ def draw_ops(axis, ok: list[Result], last: int):
 
 def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, float]):
     """Score against parameters, coloured by speed, of those within the limits of the score."""
-    ok = [r for r in ok if r.val_bpb <= limits[1]]
-    baselines = [r for r in of_stage(rows, "baseline") if r.status == "ok" and r.val_bpb <= limits[1]]
+    bottom, top = limits
+    ok = [r for r in ok if r.val_bpb <= top]
+    baselines = [r for r in of_stage(rows, "baseline") if r.status == "ok" and r.val_bpb <= top]
+    bottom = min(bottom, *(r.val_bpb - 0.03 * (top - bottom) for r in [*ok, *baselines]))  # a single one may be lower
     unit, word = (1e6, "million") if max(r.tokens_per_s or 0 for r in ok) > 5e5 else (1e3, "thousand")
     x, y = [(r.params or 0) / 1e6 for r in ok], [r.val_bpb for r in ok]
     dots = axis.scatter(x, y, c=[(r.tokens_per_s or 0) / unit for r in ok], s=18, cmap="cividis", lw=0)
@@ -3082,13 +3108,13 @@ def draw_costs(axis, rows: list[Result], ok: list[Result], limits: tuple[float, 
     if baselines:
         x, y = [(r.params or 0) / 1e6 for r in baselines], [r.val_bpb for r in baselines]
         axis.scatter(x, y, marker="x", color=COLOURS[5], s=30, lw=1.5, label="baselines")
-    beaten_by_none = [c for c in unbeaten(rows) if c.mean <= limits[1]]
-    x, y = [(c.first.params or 0) / 1e6 for c in beaten_by_none], [c.first.val_bpb for c in beaten_by_none]
+    beaten_by_none = [c for c in unbeaten(rows) if c.mean <= top]
+    x, y = [(c.first.params or 0) / 1e6 for c in beaten_by_none], [c.mean for c in beaten_by_none]
     axis.scatter(
         x, y, s=50, facecolors="none", edgecolors=COLOURS[7], lw=1, label="on the front: score, size, speed, memory"
     )
     axis.legend(fontsize=10, loc="upper center", ncol=2, bbox_to_anchor=(0.5, -0.14))
-    axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=limits)
+    axis.set(title="At what cost?", xlabel="million parameters", ylabel="validation bits per byte", ylim=(bottom, top))
 
 
 def draw_leads(axis, o: Outcome, settings: Settings):
@@ -3100,15 +3126,16 @@ def draw_leads(axis, o: Outcome, settings: Settings):
     low = high = 0.0
     for place, s in enumerate(rows.values()):
         for n, (baseline, lead) in enumerate(s.leads.items()):
-            y, half, color = place + 0.25 * n, lead.half or 0.0, COLOURS[n % len(COLOURS)]
+            y, half, color = place + 0.4 * n, lead.half or 0.0, COLOURS[n % len(COLOURS)]
             axis.errorbar(lead.mean, y, xerr=half, fmt="o", color=color, capsize=4, ms=5)
-            text = f"   {s.id}: {lead.mean:.4f} over {baseline}, {s.passes:.1f} passes over the text"
-            axis.annotate(text, (lead.mean + half, y), va="center", fontsize=10)
+            text, passes = f"{s.id}: {lead_text(lead, baseline)}", of_passes([s.passes])
+            text += f", {passes} passes over the text" if passes else ""
+            axis.annotate(text, (lead.mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=9)
             low, high = min(low, lead.mean - half), max(high, lead.mean + half)
     axis.axvline(0, color="#555555", lw=1, ls=":")
     axis.set_yticks(range(len(rows)), list(rows))
-    width = max(high - low, 1e-3)
-    axis.set(xlim=(low - 0.05 * width, high + 1.35 * width), ylim=(len(rows) - 0.4, -0.6))  # words stand on the right
+    room = 0.5 * max(high - low, 1e-3)  # for words, which stand above the middle of each interval
+    axis.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.4, -0.6))
     faster = f" It needs {o.target[0].mean:.0%} of the time of {o.rival.id}" if o.target[0] else ""
     axis.set(title=f"Does the lead last?{faster}", xlabel="lead on test in bits per byte (higher is better)")
 
@@ -3136,7 +3163,10 @@ def harmless_row(row: Result) -> Result:
 def as_table(head: list[str], lines: list[list]) -> list[str]:
     """A table in Markdown, columns of numbers to the right; None is a dash."""
     cells = [["—" if cell is None else str(cell) for cell in line] for line in lines]
-    numbers = [not any(c.isalpha() for cell in column for c in cell) for column in zip(*cells, strict=True)]
+    numbers = [
+        any(c.isdigit() for cell in column for c in cell) and not any(c.isalpha() for cell in column for c in cell)
+        for column in zip(*cells, strict=True)
+    ]
     rules = ["---:" if right else "---" for right in numbers]
     return ["| " + " | ".join(line) + " |" for line in (head, rules, *cells)] + [""] if lines else []
 
@@ -3396,8 +3426,8 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
         longer = [f"{s.id} is {text}" for s, text in zip((o.as_found, o.grown), longer, strict=True) if text]
         after = f"After {budget_times(settings, settings.long_factor)}"
         sentences = [
-            f"The best design is {best.id}, {best.genome.summary}: {best.test} bits per byte on test after "
-            f"{budget_of(rows, 'final', settings)}, {lead or 'without a rival'}.",
+            f"The best genome of the search is {best.id}, {best.genome.summary}: {best.test} bits per byte on test "
+            f"after {budget_of(rows, 'final', settings)}, {lead or 'without a rival'}.",
             f"{after} {', '.join(longer)}." if longer else "Whether that lasts is not in the record.",
         ]
         sentences += [f"{target_text(o, settings)}."] if rival and raced[0].budget == 1 else []
@@ -3437,8 +3467,14 @@ def of_each_family(baselines) -> list[str]:
 def pace_text(rows: list[Result], id: str) -> str:
     """How fast a design trained, and how often it saw the text."""
     own = [row for row in rows if row.id == id and row.status == "ok"]
-    speed, passes = average([row.tokens_per_s for row in own], 0), average([row.passes for row in own], 2)
+    speed, passes = average([row.tokens_per_s for row in own], 0), of_passes([row.passes for row in own])
     return f"{id} trains on {speed or '?'} tokens a second{f', {passes} passes over the text' if passes else ''}"
+
+
+def of_passes(values) -> str | None:
+    """How often the text was seen, in words; None where that is not known or far from once."""
+    mean = average(values, 2)
+    return mean if mean and float(mean) >= 0.1 else None
 
 
 def final_table(standing: list[Standing], rows: list[Result], before: dict[str, float]) -> list[str]:
@@ -3452,7 +3488,7 @@ def final_table(standing: list[Standing], rows: list[Result], before: dict[str, 
         chosen = f"{before[s.id]:.4f}" if s.id in before else None
         passes, speed = ([getattr(row, name) for row in own[s.id]] for name in ("passes", "tokens_per_s"))
         seeds = f"{len(s.test.values)}, {s.failed} failed" if s.failed else len(s.test.values)
-        lines.append([s.id, s.test, s.val, chosen, seeds, average(passes, 2), average(speed, 0), *leads])
+        lines.append([s.id, s.test, s.val, chosen, seeds, of_passes(passes), average(speed, 0), *leads])
     head = ["design", "test", "val", "val before", "seeds", "passes over the text", "tokens/s"]
     named = [f"- {s.id}: {s.genome.summary}" for s in standing]
     return [*as_table([*head, *(f"lead over {name}" for name in baselines)], lines), *named, ""] if standing else []
@@ -3696,8 +3732,9 @@ def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str
         # tenths without a loss, and the one that had just begun
         left = sum(sum(map(math.isnan, row.curve)) + 1 for row in stopped) / CURVE
         saved = left / max(1, len(of_stage(rows, "search")))
+        ran_on = f"; {len(spared)} that missed it ran on, {survived} of them to survive" if spared else ""
         lines += [f"The hurdle stopped {len(stopped)} of {len(newcomers)} newcomers and saved {saved:.0%} of all "
-                  f"training; {len(spared)} that missed it ran on, {survived} of them to survive.", ""]  # fmt: skip
+                  f"training{ran_on}.", ""]  # fmt: skip
     fair = [
         r
         for r in newcomers
@@ -3910,6 +3947,9 @@ def evolve(
         written, busy, at_first = None, 0.0, len(record.rows)
         while tasks := plan(record.rows):
             done, ends = len(record.rows), STARTED + 60 * minutes
+            before, stage = (record.rows[-1].stage if record.rows else ""), tasks[0].stage
+            if stage != before:  # a line is free already behind a generation, and a round of baselines
+                say(f"{'' if before in ('', 'baseline', 'search') else chr(10)}{HEADINGS[stage]}\n")
             begun = progress(pool, in_time(tasks, record.rows, settings, pool, ends), len(tasks), tasks[0])
             for result in unless_all_crash(begun, record.rows, settings.population_size):
                 result.note = f"{result.note} {slower_text(result, record.rows, settings)}".strip()
@@ -4070,6 +4110,8 @@ def train_one(args: argparse.Namespace, designs: dict[str, Genome], settings: Se
         raise Stop(problem)
     form = "training {bar:20} {percentage:3.0f} %  {remaining} left"
     scores, first = [], None
+    if (args.scale != 1 or args.deeper) and len(designs) == 1:
+        say(f"{path} names no baseline to be changed alike and trained beside it")
     for name, genome in designs.items():
         say(f"{name}: {genome.summary}\n{genome.num_params(data.vocab_size):,} parameters, {budget_text(settings)} on "
             f"{device}")  # fmt: skip
@@ -4088,6 +4130,10 @@ def train_one(args: argparse.Namespace, designs: dict[str, Genome], settings: Se
         first = first or model
         if args.save and model is first:
             save_model(Path(args.save), model, data)
+            source = prepare.command(data_dir=args.data_dir, demo=args.demo).removeprefix("uv run prepare.py")
+            say(
+                f"{args.save}: the weights. To let it write: uv run evolve.py --write {args.save} --prompt TEXT{source}"
+            )
         model = None  # its memory is for the next
         free_memory()
     if len(scores) > 1:
@@ -4103,7 +4149,6 @@ def save_model(path: Path, model: Model, data: prepare.Dataset):
     metadata = {"genome": model.genome.to_json(), "vocab_size": str(data.vocab_size), "fingerprint": data.fingerprint}
     weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     write_whole(path, save(weights, metadata))  # clones: tensors that share memory are refused
-    say(f"{path}: the weights. To let it write: uv run evolve.py --write {path} --prompt TEXT")
 
 
 def load_model(path: Path, data: prepare.Dataset, device: torch.device) -> Model:
@@ -4179,8 +4224,8 @@ def begin_or_join(record: Record, header: dict):
     """Make the record one that --ablate may add to: that of this run, --start aside, or a new one. Raises Stop."""
     if record.header is None:
         return record.begin(header)
-    if differs := [words for name, words in unlike(record, header).items() if name != "start"]:
-        raise Stop(f"--ablate adds to the run in {record.path}, which differs in {', '.join(differs)}. Give the flags "
+    if differs := {name: words for name, words in unlike(record, header).items() if name != "start"}:
+        raise Stop(f"--ablate adds to the run in {record.path}, which differs in {in_short(differs)}. Give the flags "
                    "that it was made with, or name another folder with --out")  # fmt: skip
 
 
@@ -4326,7 +4371,7 @@ def run_command(args: argparse.Namespace):
             what = f"{left} evaluations of {design.summary} without its parts"
         else:
             left = begin_or_go_on(record, header, settings, args.new)
-            what = f"{settings.max_generations} generations of {settings.population_size}"
+            what = f"generations: {settings.max_generations} of {settings.population_size}"
         controls, finished = find_controls(out, record.header), True
         if left:
             trial = f"{budget_text(settings)} a trial on {name}"
@@ -4337,7 +4382,7 @@ def run_command(args: argparse.Namespace):
         if args.ablate and finished:
             say(f"\n{out / 'report.md'} has what each part is worth")
         elif left and finished:
-            say(end_text(record.rows, settings, data.vocab_size, controls))
+            say(end_text(record.rows, settings, data.vocab_size, controls, out))
 
 
 def main(argv: list[str] | None = None) -> int:

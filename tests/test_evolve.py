@@ -2556,12 +2556,12 @@ def test_failures_in_the_final():
     best, o = winner(rows, s), outcome(rows, s)
     assert (best["id"], best["stage"], best["final"]["winner"]["leads"]) == ("g0.01", "final", {})
     assert best["final"]["baselines"] == [] and o.rival is None and o.target == (None, 0)
-    assert "g0.01" in evolve.end_text(rows, s, 300, {}) and best["rival"]["id"] == "transformer-1x64"
+    assert "g0.01" in evolve.end_text(rows, s, 300, {}, Path("out")) and best["rival"]["id"] == "transformer-1x64"
     # everyone failed: the best of the search stands, unconfirmed
     rows = final_rows({name: [None] * 3 for name in tests}, s)
     best = winner(rows, s)
     assert (best["id"], best["stage"]) == ("g0.00", "search") and "final" not in best
-    assert "No genome was scored in a final" in evolve.end_text(rows, s, 300, {})
+    assert "No genome was scored in a final" in evolve.end_text(rows, s, 300, {}, Path("out"))
 
 
 def test_the_transformer_is_no_winner():
@@ -2743,11 +2743,11 @@ def test_a_scale_that_is_impossible_is_refused_in_words(command, tmp_path, monke
     ],
     ids=["", "tied", "projected", "all kinds"],
 )
-def test_a_model_that_was_saved_writes_the_same(command, tmp_path, net):
+def test_a_model_that_was_saved_writes_the_same(command, data_dir, tmp_path, net):
     path, model = tmp_path / "net.json", tmp_path / "model.safetensors"
     path.write_text(net.to_json())
     code, output, _ = command("--train", path, "--save", model, "--prompt", "a dog ran")
-    told = f"{model}: the weights. To let it write: uv run evolve.py --write {model} --prompt TEXT\n"
+    told = f"To let it write: uv run evolve.py --write {model} --prompt TEXT --data-dir {data_dir}\n"
     written = output.partition(told)[2]
     assert code == 0 and written.startswith("a dog ran") and len(written) > 100
     assert {file.name for file in tmp_path.iterdir()} == {"net.json", "model.safetensors"}
@@ -3201,17 +3201,19 @@ def test_controls_are_runs_that_differ_in_strategy_or_seed_alone(free_params, tm
         "5": run | {"seed": 7},
         "6": run | {"seed": 7, "data": "other"},
         "7": {k: v for k, v in run.items() if k != "data"},
+        "much else": run | {"strategy": "drift", "seed": 8, "data": "other", "device": "another"},
     }.items():
         with Record(tmp_path / "runs" / name) as record:
             record.begin(other)
-            for row in rows[: int(name)]:
+            for row in rows[: int(name) if name.isdecimal() else 1]:
                 record.append(row)
     (tmp_path / "runs" / "8").mkdir()
     (tmp_path / "runs" / "8" / "results.tsv").write_text("no results\n")
     (tmp_path / "runs" / "9").mkdir()
     (tmp_path / "runs" / "9" / "results.tsv").mkdir()
     found = evolve.find_controls(tmp_path, run)
-    told = capsys.readouterr().out.splitlines()
+    *told, last = capsys.readouterr().out.splitlines()
+    assert last == f"{tmp_path}/runs: 1 differing in more than STRATEGY or SEED left out of the picture"
     left_out = {line[len(f"{tmp_path}/runs/")]: line.partition(" is left out of the picture: ")[2] for line in told}
     assert sorted(left_out) == ["2", "3", "6", "7", "8", "9"] and left_out["3"] == "it is the same run"
     assert left_out["2"] == "it differs in STRATEGY (random, here elites), SEED (1, here 0)"

@@ -11,6 +11,7 @@ import random
 import statistics
 import types
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -1092,7 +1093,7 @@ def test_a_run_in_which_nothing_is_scored_ends(free_params):
         return fake(t, status="ok" if t.stage == "baseline" else "crash")
 
     rows = played([], small(), result)
-    assert "No genome was scored" in evolve.end_text(rows, small(), VOCAB, {})
+    assert "No genome was scored" in evolve.end_text(rows, small(), VOCAB, {}, Path("out"))
     assert {row.stage for row in rows} == {"baseline", "search"}, "a final needs a finalist"
     assert evolve.best_genome(rows, {}, small(), evolve.outcome(rows, small(), VOCAB)) is None
 
@@ -1226,7 +1227,7 @@ def test_the_finals_in_the_report_have_the_numbers(finished):
 
 def test_the_end_text_says_what_came_of_it_in_short(finished):
     s, rows = finished
-    text = evolve.end_text(rows, s, VOCAB, {})
+    text = evolve.end_text(rows, s, VOCAB, {}, Path("out"))
     assert len(text.splitlines()) < 12 and "report.md" in text and layers(2).summary in text
     for part in (
         "g0.01",
@@ -1561,7 +1562,7 @@ def test_without_baselines_and_final_there_is_the_search_alone():
     assert {row.stage for row in rows} == {"search"} and len(rows) == 3 * s.population_size
     assert evolve.best_baselines(rows) == []
     best = evolve.searched(rows)[0]
-    assert f"{best.id}, {best.mean:.4f}; FINALISTS = 0" in evolve.end_text(rows, s, VOCAB, {})
+    assert f"{best.id}, {best.mean:.4f}; FINALISTS = 0" in evolve.end_text(rows, s, VOCAB, {}, Path("out"))
     content = evolve.best_genome(rows, {}, s, evolve.outcome(rows, s, VOCAB))
     assert content["stage"] == "search" and content["rival"] is None and content["id"] == best.id
     assert evolve.picture(rows, "a search", {}, evolve.outcome(rows, s, VOCAB), s)[:4] == b"\x89PNG"
@@ -1572,7 +1573,7 @@ def test_without_baselines_the_final_has_finalists_alone():
     rows = played([], s)
     assert {row.stage for row in rows} == {"search", "final"}
     assert {row.id for row in rows if row.stage == "final"} == {c.id for c in evolve.searched(rows)[: s.finalists]}
-    evolve.end_text(rows, s, VOCAB, {})
+    evolve.end_text(rows, s, VOCAB, {}, Path("out"))
     assert evolve.best_genome(rows, {}, s, evolve.outcome(rows, s, VOCAB))["stage"] == "final"
     assert evolve.picture(rows, "no rival", {}, evolve.outcome(rows, s, VOCAB), s)
 

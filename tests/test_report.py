@@ -336,7 +336,7 @@ def test_the_picture_shows_the_line_of_descent_and_the_front(run):
     axis = Figure().subplots()
     evolve.draw_costs(axis, rows, search, (0.0, 9.0))
     (rings,) = [dots for dots in axis.collections if dots.get_label().startswith("on the front")]
-    assert sorted(y for _, y in rings.get_offsets()) == sorted(c.first.val_bpb for c in evolve.unbeaten(rows))
+    assert sorted(y for _, y in rings.get_offsets()) == sorted(c.mean for c in evolve.unbeaten(rows))
 
 
 def test_changes_between_genomes():
@@ -574,6 +574,7 @@ def test_a_table_is_as_wide_as_its_head():
     assert evolve.as_table(["a", "b"], [["x", 1], [None, "+0.5 ± 0.1"]]) == [
         "| a | b |", "| --- | ---: |", "| x | 1 |", "| — | +0.5 ± 0.1 |", ""]  # fmt: skip
     assert evolve.as_table(["a"], []) == []
+    assert evolve.as_table(["words", "dashes"], [["x", None]])[1] == "| --- | --- |"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -589,7 +590,7 @@ def test_the_report_of_the_published_run(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"results.tsv", "runs", "report.md"}
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (
-        "The best design is g17.08, " in text
+        "The best genome of the search is g17.08, " in text
         and "1.4151 ± 0.0018 bits per byte on test after 10 s, 0.0149 ± 0.0039 better" in text
     )
     assert "better than the control random after generation 19" in text and "an earlier version" in text
