@@ -2224,13 +2224,14 @@ def hurdle_after(earlier: list[Result], settings: Settings) -> tuple[float, ...]
 
 
 # What is tried. The space is wide and an evaluation is dear, but a child costs a millisecond: for each place many are
-# bred, and the record, so far as it goes, is asked which of them to train.
+# bred, and the record, so far as it goes, is asked which of them to breed on from, and in the end which one to train.
 
 WEIGHT = 0.012  # bits per byte that a part is worth, before anything is known of it: a standard deviation, as all below
 MISFIT = 0.008  # of what a genome scores from the sum of its parts
 LEVEL = 0.3  # of the level of all scores
 NOISE = 0.0025  # of an evaluation
 CLIP = 0.08  # scores are cut so far above the best, and a score unknown for divergence counts as that
+ROUNDS = 5  # in which PRESCREEN children are bred: in the first from parents, then from the best child so far
 
 
 @functools.lru_cache(maxsize=5_000)
@@ -2377,8 +2378,11 @@ class Newborn(NamedTuple):
     parents: tuple[str, ...]
 
 
-def child_of(draw: Draw, settings: Settings, rng: random.Random) -> Newborn:
-    """A child of one parent or of two that are drawn."""
+def child_of(draw: Draw, settings: Settings, rng: random.Random, bred: Newborn | None = None) -> Newborn:
+    """A child of one parent or of two that are drawn; or one that was bred already, changed further."""
+    if bred:
+        genome, operator = mutate(bred.genome, rng, settings.mutation_rate)
+        return Newborn(genome, f"{bred.operator}+{operator}", bred.parents)
     parent = draw(rng)
     if rng.random() < settings.crossover_rate:
         others = (other for other in (draw(rng) for _ in range(10)) if other.id != parent.id)
@@ -2390,6 +2394,15 @@ def child_of(draw: Draw, settings: Settings, rng: random.Random) -> Newborn:
             return Newborn(genome, operator, (parent.id, other.id))
     genome, operator = mutate(parent.genome, rng, settings.mutation_rate)
     return Newborn(genome, operator, (parent.id,))
+
+
+def best_bred(n: int, bred: Callable[[Newborn | None], Newborn], score: Callable[[Newborn], float]) -> Newborn:
+    """The child of n with the least score, bred in ROUNDS: in the first from parents, then from the best so far."""
+    best, rounds = None, min(ROUNDS, n)
+    for _ in range(rounds):
+        litter = [bred(best) for _ in range(n // rounds)]
+        best = min([*litter, *([best] if best else [])], key=score)
+    return best
 
 
 def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: int) -> list[Task]:
@@ -2426,9 +2439,12 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
         elif belief is None:
             child = new(lambda: child_of(draw, settings, rng))
         else:
-            litter = [new(lambda: child_of(draw, settings, rng)) for _ in range(settings.prescreen)]
-            score = belief.draw(np.random.default_rng(rng.getrandbits(64)))
-            child = min(litter, key=lambda child: score(parts(child.genome, vocab_size)))
+            drawn = belief.draw(np.random.default_rng(rng.getrandbits(64)))
+            child = best_bred(
+                settings.prescreen,
+                lambda best: new(lambda: child_of(draw, settings, rng, best)),
+                lambda child, drawn=drawn: drawn(parts(child.genome, vocab_size)),
+            )
         met.add(child.genome.key)
         spared = rng.random() < settings.hurdle_sample
         is_immigrant = child.operator == "random" and settings.strategy != "random"
@@ -2829,13 +2845,19 @@ def score_text(val_bpb: float | None) -> str:
     return "—" if val_bpb is None else f"{val_bpb:.4f}"
 
 
+def made_by_text(r: Result) -> str:
+    """The operators that made a genome, of many the first two."""
+    first, rest = r.operator.split("+")[:2], r.operator.split("+")[2:]
+    return "+".join(first) + (f"+{len(rest)} more" if rest else "")
+
+
 def result_text(r: Result) -> str:
     """An evaluation in a line."""
     test = f"  test {r.test_bpb:.4f}" if r.test_bpb is not None else ""
     speed = r.tokens_per_s or 0
     speed = f"{speed / 1e6:6.2f} M tok/s" if speed >= 1e5 else f"{speed / 1e3:6.1f} k tok/s"
     note = f"  [{r.note}]" if r.note else ""
-    what = r.operator or r.stage
+    what = made_by_text(r) or r.stage
     return (f"{r.id:<24} {r.status:<8}{score_text(r.val_bpb):>8}  {(r.params or 0) / 1e6:6.2f} M  {speed}  "
             f"{what:<16}  {r.summary}{test}{note}")  # fmt: skip
 
@@ -3592,7 +3614,7 @@ def lineage_graph(rows: list[Result], name: str) -> list[str]:
             nearest = min(parents, key=lambda parent: gene_distance(genomes[parent], genomes[row.id]))
             changes = gene_changes(genomes[nearest], genomes[row.id])
             changes = [*changes[:5], *([f"and {len(changes) - 5} more"] if len(changes) > 5 else [])]
-        lines.append(f'  n{number[row.id]}["{"<br/>".join([f"{row.id} {row.operator}: {score}", *changes])}"]')
+        lines.append(f'  n{number[row.id]}["{"<br/>".join([f"{row.id} {made_by_text(row)}: {score}", *changes])}"]')
         edges += [f"  n{number[parent]} --> n{number[row.id]}" for parent in parents]
     return mermaid([*lines, *edges]) if family else []
 

@@ -39,6 +39,7 @@ MISFIT = 0.006  # standard deviation of what no sum explains
 ROOM = 0.08  # below the best of the records, which nothing can use up
 PLANTED, PAIRS = 24, 6
 WORTH = 0.010  # standard deviation of what a planted part is worth
+USUAL = {name: getattr(evolve, name) for name in ("ROUNDS", "WEIGHT", "MISFIT", "CLIP")}  # what an arm may change
 
 
 def normal(*what) -> float:
@@ -109,8 +110,11 @@ class Landscape:
         return row
 
 
-def run(arm: dict, seed: int, generations: int = 25) -> dict[str, float]:
-    land, settings = Landscape(seed), dataclasses.replace(evolve.Settings(seed=seed), **arm)
+def run(arm: str, seed: int, generations: int = 25) -> dict[str, float]:
+    changed, constants = arm_of(arm)
+    for name, value in {**USUAL, **constants}.items():
+        setattr(evolve, name, value)
+    land, settings = Landscape(seed), dataclasses.replace(evolve.Settings(seed=seed), **changed)
     rows: list[evolve.Result] = []
     for generation in range(generations):
         rows += [land.result(task) for task in evolve.breed(rows, generation, settings, VOCAB)]
@@ -157,11 +161,14 @@ def foretold(name: str) -> tuple[float, float, int]:
     return sum(a * n for a, _, n in found) / total, sum(b * n for _, b, n in found) / total, total
 
 
-def arm_of(text: str) -> dict:
-    """elites repeats=1 -> the settings that it names."""
+def arm_of(text: str) -> tuple[dict, dict]:
+    """elites repeats=1 ROUNDS=1 -> the settings that it names, and the constants of evolve.py that are no settings."""
     strategy, *changes = text.split()
-    pairs = [change.split("=") for change in changes]
-    return {"strategy": strategy, **{name: type(getattr(evolve.Settings(), name))(value) for name, value in pairs}}
+    known, settings, constants = evolve.Settings(), {"strategy": strategy}, {}
+    for name, value in (change.split("=") for change in changes):
+        where, of = (constants, evolve) if name in USUAL else (settings, known)
+        where[name] = type(getattr(of, name))(value)
+    return settings, constants
 
 
 def main():
@@ -181,7 +188,7 @@ def main():
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         for arm in args.arms:
-            results = pool.starmap(run, [(arm_of(arm), seed) for seed in range(args.seeds)], chunksize=1)
+            results = pool.starmap(run, [(arm, seed) for seed in range(args.seeds)], chunksize=1)
             scores, means = (
                 [r["score"] for r in results],
                 {k: statistics.fmean(r[k] for r in results) for k in results[0]},

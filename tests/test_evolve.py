@@ -3053,7 +3053,7 @@ DECIDING = {  # a file, what of it changes, and how
     "who breeds by another strategy": ("evolve.py", "AGE", "AGE = 60", "AGE = 61"),
     "what a genome consists of": ("evolve.py", "parts", "found[(\"pair\", *pair)] = 0.35", "pass"),
     "what is believed before": ("evolve.py", "WEIGHT", "WEIGHT = 0.012", "WEIGHT = 0.02"),
-    "which child is trained": ("evolve.py", "breed", "child = min(litter", "child = max(litter"),
+    "which child is trained": ("evolve.py", "best_bred", "best = min([*litter", "best = max([*litter"),
     "how operators are drawn": ("genome.py", "LONG", "LONG = 12", "LONG = 16"),
     "a learning rate": ("evolve.py", "MUON_LR", "MUON_LR, MUON_MOMENTUM = 0.02", "MUON_LR, MUON_MOMENTUM = 0.03"),
     "how the momentum rises": ("evolve.py", "MOMENTUM_STEPS", "MOMENTUM_STEPS = 300", "MOMENTUM_STEPS = 200"),

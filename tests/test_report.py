@@ -581,6 +581,11 @@ def test_a_table_is_as_wide_as_its_head():
 # --report: any record
 
 
+def test_of_many_operators_the_first_two_are_shown():
+    texts = {"": "", "repeat": "repeat", "a+b": "a+b", "a+b+c": "a+b+1 more", "a+b+c+d": "a+b+2 more"}
+    assert {name: evolve.made_by_text(row("g1.01", operator=name)) for name in texts} == texts
+
+
 def test_the_report_of_the_published_run(tmp_path, capsys):
     """Without data and with another code; its figures are those of README.md."""
     shutil.copy(ROOT / "results.tsv", tmp_path)
