@@ -2390,7 +2390,7 @@ def test_the_console_shows_operators_whole(play, tmp_path):
     assert code == 0 and any(len(r.operator) > 24 for r in rows)
     for r in rows:
         lines = [line for line in output.splitlines() if line.startswith(r.id + " ") and r.summary in line]
-        assert any(f" tok/s  {r.operator} " in line for line in lines)
+        assert any(f" tok/s  {evolve.made_by_text(r)} " in line for line in lines)
 
 
 def test_a_genome_that_trains_slower_than_at_first_is_marked():
