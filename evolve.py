@@ -2847,8 +2847,8 @@ def score_text(val_bpb: float | None) -> str:
 
 def made_by_text(r: Result) -> str:
     """The operators that made a genome, of many the first two."""
-    first, rest = r.operator.split("+")[:2], r.operator.split("+")[2:]
-    return "+".join(first) + (f"+{len(rest)} more" if rest else "")
+    names = r.operator.split("+")
+    return "+".join([*names[:2], *([f"{len(names) - 2} more"] if len(names) > 2 else [])])
 
 
 def result_text(r: Result) -> str:

@@ -2377,7 +2377,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_later(play, tmp_path):
     assert play()[0] == 0 and rows_of(tmp_path / "out") == rows_of(tmp_path / "alone")
 
 
-def test_the_console_shows_operators_whole(play, tmp_path):
+def test_the_console_shows_what_made_a_genome(play, tmp_path):
     rows = [toy_result(task(operator="change_training+duplicate_run")), toy_result(final_task())]
     text = evolve.result_text(rows[0])
     assert "  change_training+duplicate_run  " in text and text.endswith(NET.summary) and "\n" not in text
