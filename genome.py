@@ -65,12 +65,10 @@ ACTIVATIONS = {
 WIRING = {  # what every gene has beside its op's own traits
     "activation": tuple(ACTIVATIONS),
     "repeat": (1, 2, 3),  # the op applied this often with the same weights
-    # With skip, a learned gain on each channel of the branch (Touvron et al. 2021, LayerScale), that starts at 1, at
-    # RESIDUAL_INIT (small) or at 0.
-    "scale": ("none", "channel", "small", "zero"),
+    "scale": ("none", "small"),  # with skip, a gain on each channel of the branch (Touvron et al. 2021, LayerScale)
     "stride": (1, 2, 4),  # the op works on the means of so many tokens (Nawrot et al. 2021, Hourglass)
 }
-SCALE_START = {"channel": 1.0, "small": RESIDUAL_INIT, "zero": 0.0}
+SCALE_START = {"small": RESIDUAL_INIT, "channel": 1.0, "zero": 0.0}  # of the gain; the last two are read, never drawn
 GENOME_TRAITS = {
     "embed_dim": (256, *(w for w in WIDTHS if w != 256)),  # width of the token embedding
     "lr_factor": (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0, 2.8, 4.0),  # times every learning rate
@@ -1001,8 +999,9 @@ class Gene:
         check_distance(f"{op}.skip", skip, 0)
         check_distance(f"{op}.share", share, 0)
         scale = {False: "none", True: "channel"}.get(scale, scale) if type(scale) is bool else scale  # earlier files
+        known = WIRING | {"scale": ("none", *SCALE_START)}
         for name, value in {"activation": activation, "repeat": repeat, "scale": scale, "stride": stride}.items():
-            check_choice(f"{op}.{name}", value, WIRING[name])
+            check_choice(f"{op}.{name}", value, known[name])
         full = {n: c[0] for n, c in declared.items()}
         for name, value in traits.items():
             full[name] = check_choice(f"{op}.{name}", value, declared[name] + OPS[op].retired.get(name, ()))
@@ -1945,10 +1944,10 @@ def add_block(genome, rng):
 
 
 def add_link(genome, rng):
-    """An earlier state, half the time the embedding, is added to the stream, by a gain that starts small or at 0."""
+    """An earlier state, half the time the embedding, is added to the stream, by a gain that starts small."""
     i = rng.choice(clean_cuts(genome)[1:])
     back = min(i + 1 if rng.random() < 0.5 else rng.randint(1, i + 1), MAX_GENES)
-    link = Gene("identity", input=back, skip=1, scale=rng.choice(("small", "zero")))
+    link = Gene("identity", input=back, skip=1, scale="small")
     return spliced(genome, i, i, [link])
 
 

@@ -3078,7 +3078,7 @@ DECIDING = {  # a file, what of it changes, and how
     "a trait of the second family": ("genome.py", "FAMILIES", '"values": ("none", "last", "half"),\n', "\n"),
     "where a family begins": ("genome.py", "FAMILIES", 'start="transformer"', "start=None"),
     "the share of trials": ("genome.py", "FAMILIES", "effort=0.5", "effort=0.75"),
-    "how small a gain begins": ("genome.py", "modern", 'skip=1, scale="small"', 'skip=1, scale="zero"'),
+    "how small a gain begins": ("genome.py", "modern", '1, skip=1, scale="small"', '1, skip=1, scale="zero"'),
     "how n-grams are hashed": ("genome.py", "NgramTable", "-7_046_029_254_386_353_131", "-7_046_029_254_386_353_133"),
     "a choice of stride": ("genome.py", "WIRING", '"stride": (1, 2, 4)', '"stride": (1, 2, 4, 8)'),
     "the rate of a table": ("evolve.py", "Optimizer", "EMBED_LR * (768 / table", "EMBED_LR * (512 / table"),

@@ -30,6 +30,7 @@ from genome import OPS, Block, Frame, Gene, Genome, GenomeError, Model, NgramTab
 VOCAB = 256
 LONG = 2 * g.CHUNK + 22  # tokens: three chunks, the last one not full
 BEYOND_WINDOWS = 130  # tokens: more than two windows
+SCALES = ("none", *g.SCALE_START)  # drawn or only read
 HERE = Path(__file__).parent.parent
 
 
@@ -106,7 +107,7 @@ def leaks(genome: Genome, length: int = LONG, at=(1, 40, 63, 64, 65, 127, 128, L
 
 def random_trait_gene(rng: random.Random, op: str, **fields) -> Gene:
     traits = {name: rng.choice(choices) for name, choices in OPS[op].traits.items()}
-    skip, scale = rng.choice((0, 1)), rng.choice(g.WIRING["scale"])
+    skip, scale = rng.choice((0, 1)), rng.choice(SCALES)
     return gene(
         op, rng.choice((64, 128)), **{"repeat": rng.choice((1, 1, 2)), "skip": skip, "scale": scale} | fields | traits
     )
@@ -290,7 +291,7 @@ def test_add_link_adds_an_earlier_state():
         child = g.add_link(genome, random.Random(seed))
         (i,) = [i for i, x in enumerate(child.genes) if x.op == "identity"]
         link = child.genes[i]
-        assert link.skip == 1 and link.scale in ("small", "zero") and i in g.clean_cuts(genome)
+        assert link.skip == 1 and link.scale == "small" and i in g.clean_cuts(genome)
         assert [*child.genes[:i], *child.genes[i + 1 :]] == [*genome.genes]
         ends.append(i + 1 - link.input)
     assert 0.4 < ends.count(0) / len(ends) < 0.75 and len(set(ends)) > 8
@@ -613,6 +614,7 @@ def test_the_first_of_a_chain_owns_the_weights():
 
 CHANGES = [(op, name, choice) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices[1:]]
 CHANGES += [("gate", name, choice) for name, choices in g.WIRING.items() for choice in choices[1:]]
+CHANGES += [("gate", "scale", choice) for choice in SCALES[2:]]
 
 
 @pytest.mark.parametrize("op, name, choice", CHANGES)
@@ -641,7 +643,7 @@ def test_no_op_sees_the_future(op, traits):
 def test_no_wiring_sees_the_future(op, stride):
     assert leaks(one(op, stride=stride, activation="gelu"), 80, (1, 2, 63, 64, 79)) == []
     assert leaks(one(op, stride=stride, repeat=3), 80, (3, 31, 63, 79)) == []
-    for scale in g.WIRING["scale"]:
+    for scale in SCALES:
         assert leaks(one(op, 128, stride=stride, skip=1, scale=scale), 79, (1, 63, 64, 78)) == []  # one token too many
 
 
@@ -833,6 +835,14 @@ def test_a_retired_choice_is_read_and_never_drawn(plant):
     drawn |= {g.change_trait(Genome((old,)), rng).genes[0].size for _ in range(50)}
     assert drawn == {1, 2}
     assert build(Genome((old,)))(tokens(1, 4)).shape == (1, 4, VOCAB)
+
+
+def test_gains_that_are_no_longer_drawn_are_read():
+    for scale in ("channel", "zero"):
+        genome = Genome((gene("gate", skip=1, scale=scale), gene("gate")), embed_dim=64)
+        assert Genome.from_json(genome.to_json()) == genome and genome.genes[0].scale == scale
+        rng = random.Random(0)
+        assert {g.change_scale(genome, rng).genes[0].scale for _ in range(20)} == {"none", "small"}
 
 
 def fail(*args, **kwargs):
@@ -1210,7 +1220,7 @@ def randomised(part):
 
 
 @pytest.mark.parametrize("stride", g.WIRING["stride"])
-@pytest.mark.parametrize("scale", g.WIRING["scale"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_a_gene_is_its_op_in_its_wiring(scale, stride):
     torch.manual_seed(0)
     ops = {"linear": lambda y, w: y @ w["out.weight"].T, "shift": reference.shift}

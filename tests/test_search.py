@@ -440,9 +440,10 @@ def test_parts_that_help_are_found_sooner():
 
 
 def test_a_trap_is_left_sometimes():
-    """Where two changes that harm have to come together: not by elites alone, but by the draw, which tries both."""
-    with_draw, without = (found_by(n, deceptive, seeds=5, generations=8) for n in (30, 1))
-    assert min(without) > 1.38 and sum(best < 1.38 for best in with_draw) >= 2
+    """Where two changes that harm have to come together: rarely by elites alone, more often by the draw."""
+    with_draw, without = (found_by(n, deceptive, seeds=12, generations=6) for n in (20, 1))
+    left, left_without = (sum(best < 1.38 for best in found) for found in (with_draw, without))
+    assert left >= left_without + 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
