@@ -1,0 +1,106 @@
+"""Are the figures that README.md and runs/README.md quote those of the records and logs beside them?"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import evolve
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNS = (ROOT / "runs" / "README.md").read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def log(name: str) -> str:
+    return (ROOT / "runs" / "bench" / name).read_text(encoding="utf-8")
+
+
+def final(folder: Path) -> list[evolve.Standing]:
+    header, _, rows = evolve.read_results((folder / "results.tsv").read_bytes())
+    settings = evolve.settings_of(header, rows)
+    return evolve.outcome_of_record(rows, settings, evolve.vocab_size_of(header)).final
+
+
+def test_the_result_is_that_of_the_records():
+    ours, theirs = final(ROOT), final(ROOT / "runs" / "random-5s")
+    baseline = next(s for s in ours if evolve.family_of(s.id))
+    for standing, words in ((ours[0], "evolution: "), (baseline, "transformers"), (theirs[0], "random search")):
+        (line,) = [line for line in section(README, "What was found").splitlines() if words in line and line[0] == "|"]
+        assert line.endswith(f" | {standing.test} | {standing.val} |")
+        assert standing is baseline or standing.genome.summary in line
+
+
+def test_the_console_in_the_readme_is_that_of_the_record():
+    rows = evolve.read_results((ROOT / "results.tsv").read_bytes())[2]
+    known = {" ".join(evolve.result_text(row).split()) for row in rows}
+    shown = section(README, "What you see, and what you read in the morning")
+    for line in re.findall(r"^    (g\d+\.\d+ .*)$", shown, re.MULTILINE):
+        assert " ".join(line.split()) in known
+
+
+def test_the_constants_in_the_readme_are_the_defaults():
+    words = {3: "three", 12: "twelve"}
+    for text in (
+        f"trained for {evolve.TIME_BUDGET:.0f} seconds",
+        f"The best {words[evolve.SURVIVORS]} breed",
+        f"For each trial {evolve.PRESCREEN} children are bred",
+        f"After {evolve.MAX_GENERATIONS} generations",
+        f"`TIME_BUDGET = {evolve.TIME_BUDGET:.0f}` is `--time-budget {evolve.TIME_BUDGET:.0f}`",
+    ):
+        assert text in README
+
+
+def test_the_milliseconds_of_ops_are_those_of_the_log():
+    measured = dict(re.findall(r"^  (\w+) {5,}([\d.]+) ms", log("ops-h100.log"), re.MULTILINE))
+    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|.*\| ([\d., ]+) \|$", README, re.MULTILINE)
+    quoted = {n: ms for ns, times in table for n, ms in zip(re.findall(r"\w+", ns), times.split(", "), strict=True)}
+    assert set(quoted) == set(evolve.OPS)
+    for name, ms in quoted.items():
+        assert float(ms) == pytest.approx(float(measured[name]), abs=0.0051 if float(ms) < 10 else 0.051), name
+
+
+def test_the_scores_after_30_s_are_those_of_the_log():
+    last = {}  # the four budgets of a design come one after the other
+    for name, score in re.findall(r"^(\S.*?) +ok +(1\.\d{4})", log("fidelity-15s.log"), re.MULTILINE):
+        last.setdefault(name, []).append(float(score))
+    named = re.search(r"a transformer of seven layers has (1\.\d+), the winner (1\.\d+), the winner grown by one step\s"
+                      r"(1\.\d+)", README)  # fmt: skip
+    for name, quoted in zip(("transformer-7x256", "winner", "winner, grown"), named.groups(), strict=True):
+        assert quoted == f"{min(last[name]):.3f}"
+
+
+def worth() -> dict[str, set[str]]:
+    """What bench.py worth measured, by budget: the differences with four digits."""
+    logs = {"10 s": ("worth-10s-t4.log", "worth-10s-w.log", "worth-10s-more.log"), "30 s": ("worth-30s-t4.log",)}
+    found = {budget: "".join(map(log, names)) for budget, names in logs.items()}
+    pattern = re.compile(r"^  (?:t4|w).* ([+-]0\.\d{4}) ", re.MULTILINE)
+    return {budget: set(pattern.findall(text)) for budget, text in found.items()}
+
+
+def test_what_choices_are_worth_is_what_the_logs_say():
+    text = section(RUNS, "What the choices of the space are worth")
+    first, _, second = text.partition("| added to t4, 30 s |")
+    for table, budget in ((first, "10 s"), (second, "30 s")):
+        quoted = [n for line in table.splitlines() if line[:1] == "|" for n in re.findall(r"[+-]0\.\d{4}", line)]
+        assert len(quoted) > 4 and set(quoted) <= worth()[budget]
+    for name, noise in zip(("t4", "w"), re.findall(r"is (0\.\d{4}) on t4 and (0\.\d{4}) on w", text)[0], strict=True):
+        assert f"noise of one difference {noise};" in log(f"worth-10s-{name}.log")
+
+
+def test_two_rows_of_the_table_of_ops_say_what_tables_are_worth():
+    measured = dict(re.findall(r"^  t4: ngram in front, (.*?) +(-0\.\d{4}) ", log("worth-10s-t4.log"), re.MULTILINE))
+    usual, more = (f"{-float(measured[name]):.3f}" for name in ("as usual", "slots 16384"))
+    assert f"worth {usual} bits per byte, with 16,384 rows {more}" in README
+
+
+def test_the_finals_are_those_of_the_records():
+    folders = (ROOT, *(path.parent for path in (ROOT / "runs").glob("*/results.tsv")))
+    reached = {(str(s.test), str(s.val)) for folder in folders for s in final(folder)}
+    tables = section(RUNS, "The finals") + section(RUNS, "The transformers")
+    quoted = re.findall(r"\| (1\.\d{4} ± 0\.\d{4}) \| (1\.\d{4} ± 0\.\d{4}) \|", tables)
+    assert len(quoted) == 14 and set(quoted) <= reached
