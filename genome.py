@@ -68,7 +68,8 @@ WIRING = {  # what every gene has beside its op's own traits
     "scale": ("none", "small"),  # with skip, a gain on each channel of the branch (Touvron et al. 2021, LayerScale)
     "stride": (1, 2, 4),  # the op works on the means of so many tokens (Nawrot et al. 2021, Hourglass)
 }
-SCALE_START = {"small": RESIDUAL_INIT, "channel": 1.0, "zero": 0.0}  # of the gain; the last two are read, never drawn
+WIRING_RETIRED = {"scale": ("channel", "zero")}  # read from a file and never drawn, as an op's `retired`
+SCALE_START = {"small": RESIDUAL_INIT, "channel": 1.0, "zero": 0.0}
 GENOME_TRAITS = {
     "embed_dim": (256, *(w for w in WIDTHS if w != 256)),  # width of the token embedding
     "lr_factor": (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0, 2.8, 4.0),  # times every learning rate
@@ -999,9 +1000,8 @@ class Gene:
         check_distance(f"{op}.skip", skip, 0)
         check_distance(f"{op}.share", share, 0)
         scale = {False: "none", True: "channel"}.get(scale, scale) if type(scale) is bool else scale  # earlier files
-        known = WIRING | {"scale": ("none", *SCALE_START)}
         for name, value in {"activation": activation, "repeat": repeat, "scale": scale, "stride": stride}.items():
-            check_choice(f"{op}.{name}", value, known[name])
+            check_choice(f"{op}.{name}", value, WIRING[name] + WIRING_RETIRED.get(name, ()))
         full = {n: c[0] for n, c in declared.items()}
         for name, value in traits.items():
             full[name] = check_choice(f"{op}.{name}", value, declared[name] + OPS[op].retired.get(name, ()))

@@ -44,7 +44,7 @@ def test_the_console_in_the_readme_is_that_of_the_record():
 
 
 def test_the_constants_in_the_readme_are_the_defaults():
-    words = {3: "three", 12: "twelve"}
+    words = {2: "two", 3: "three", 4: "four"}
     for text in (
         f"trained for {evolve.TIME_BUDGET:.0f} seconds",
         f"The best {words[evolve.SURVIVORS]} breed",
@@ -84,10 +84,10 @@ def worth() -> dict[str, set[str]]:
 
 def test_what_choices_are_worth_is_what_the_logs_say():
     text = section(RUNS, "What the choices of the space are worth")
-    first, _, second = text.partition("| added to t4, 30 s |")
+    (first, _, second), measured = text.partition("| added to t4, 30 s |"), worth()
     for table, budget in ((first, "10 s"), (second, "30 s")):
         quoted = [n for line in table.splitlines() if line[:1] == "|" for n in re.findall(r"[+-]0\.\d{4}", line)]
-        assert len(quoted) > 4 and set(quoted) <= worth()[budget]
+        assert len(quoted) > 4 and set(quoted) <= measured[budget]
     for name, noise in zip(("t4", "w"), re.findall(r"is (0\.\d{4}) on t4 and (0\.\d{4}) on w", text)[0], strict=True):
         assert f"noise of one difference {noise};" in log(f"worth-10s-{name}.log")
 

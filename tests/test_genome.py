@@ -30,7 +30,7 @@ from genome import OPS, Block, Frame, Gene, Genome, GenomeError, Model, NgramTab
 VOCAB = 256
 LONG = 2 * g.CHUNK + 22  # tokens: three chunks, the last one not full
 BEYOND_WINDOWS = 130  # tokens: more than two windows
-SCALES = ("none", *g.SCALE_START)  # drawn or only read
+SCALES = (*g.WIRING["scale"], *g.WIRING_RETIRED["scale"])
 HERE = Path(__file__).parent.parent
 
 
@@ -614,7 +614,7 @@ def test_the_first_of_a_chain_owns_the_weights():
 
 CHANGES = [(op, name, choice) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices[1:]]
 CHANGES += [("gate", name, choice) for name, choices in g.WIRING.items() for choice in choices[1:]]
-CHANGES += [("gate", "scale", choice) for choice in SCALES[2:]]
+CHANGES += [("gate", name, choice) for name, choices in g.WIRING_RETIRED.items() for choice in choices]
 
 
 @pytest.mark.parametrize("op, name, choice", CHANGES)
@@ -838,7 +838,7 @@ def test_a_retired_choice_is_read_and_never_drawn(plant):
 
 
 def test_gains_that_are_no_longer_drawn_are_read():
-    for scale in ("channel", "zero"):
+    for scale in g.WIRING_RETIRED["scale"]:
         genome = Genome((gene("gate", skip=1, scale=scale), gene("gate")), embed_dim=64)
         assert Genome.from_json(genome.to_json()) == genome and genome.genes[0].scale == scale
         rng = random.Random(0)

@@ -440,10 +440,9 @@ def test_parts_that_help_are_found_sooner():
 
 
 def test_a_trap_is_left_sometimes():
-    """Where two changes that harm have to come together: rarely by elites alone, more often by the draw."""
+    """Where two changes that harm have to come together: not by elites alone, but by the draw, which tries both."""
     with_draw, without = (found_by(n, deceptive, seeds=12, generations=6) for n in (20, 1))
-    left, left_without = (sum(best < 1.38 for best in found) for found in (with_draw, without))
-    assert left >= left_without + 3
+    assert min(without) > 1.38 and sum(best < 1.38 for best in with_draw) >= 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
