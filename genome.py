@@ -1388,23 +1388,28 @@ def capped_logits(x, matrix):
 def cross_entropy(x, matrix, targets, mean: bool):
     """Nats of targets (B, T) under the capped logits of x (B, T, d): a scalar, or with `mean` false (B, T).
 
-    On a GPU by the kernel below, and then only the mean has a gradient.
+    On a GPU by the kernels below, and then only the mean has a gradient.
     """
     x, flat = x.flatten(0, 1), targets.flatten()
-    if x.is_cuda and not isinstance(loss_kernel(len(matrix), x.dtype), str):
-        return MeanNats.apply(x, matrix, flat) if mean else nats_and_gradient(x, matrix, flat, 1.0)[0].view_as(targets)
+    if x.is_cuda and not isinstance(loss_kernels(len(matrix), x.shape[1], x.dtype), str):
+        return MeanNats.apply(x, matrix, flat) if mean else nats_and_gradient(x, matrix, flat)[0].view_as(targets)
     nats = F.cross_entropy(capped_logits(x, matrix), flat, reduction="mean" if mean else "none")
     return nats if mean else nats.view_as(targets)
 
 
 class MeanNats(torch.autograd.Function):
-    """The mean of cross_entropy, with the gradient made on the way: half a gigabyte of logits is not read again for it
-    (the idea is that of Liger, Hsu et al. 2024). x: (N, d), matrix: (vocab_size, d), targets: (N,) int64."""
+    """The mean of cross_entropy, with the gradient made on the way (the idea is that of Liger, Hsu et al. 2024). Logits
+    are half a gigabyte: their gradient is written once and read twice, they themselves never.
+
+    x: (N, d), matrix: (vocab_size, d), targets: (N,) int64.
+    """
 
     @staticmethod
     def forward(ctx, x, matrix, targets):
-        nats, gradient = nats_and_gradient(x, matrix, targets, 1 / len(x))
-        ctx.save_for_backward(gradient @ matrix, gradient.T @ x)
+        nats, totals, gradient = nats_and_gradient(x, matrix, targets)
+        share = (1 / (len(x) * totals))[:, None]  # of a row in the gradient of the mean
+        by_x, shares_of_x = gradient @ matrix, torch.mul(x, share, out=torch.empty_like(x))
+        ctx.save_for_backward(by_x.mul_(share), gradient.T @ shares_of_x)
         return nats.mean()
 
     @staticmethod
@@ -1414,11 +1419,19 @@ class MeanNats(torch.autograd.Function):
 
 
 @torch.no_grad()
-def nats_and_gradient(x, matrix, targets, share: float):
-    """Nats (N,) float32, and the gradient of share times their sum by the logits, (N, vocab_size)."""
-    logits, nats = x @ matrix.T, torch.empty(len(x), device=x.device)
-    loss_kernel(len(matrix), x.dtype)[(len(x),)](logits, targets, nats, len(matrix), share, **kernel_size(len(matrix)))
-    return nats, logits
+def nats_and_gradient(x, matrix, targets):
+    """Nats (N,) float32, totals (N,) float32, and totals times the gradient of nats by the logits, (N, vocab_size)."""
+    (n, d), vocab_size = x.shape, len(matrix)
+    all_words, of_targets = loss_kernels(vocab_size, d, x.dtype)
+    tile = tile_size(x.dtype)
+    tiles = -(-vocab_size // tile["WORDS"])
+    strip = strip_size(tiles)
+    gradient, sums = torch.empty(n, vocab_size, dtype=x.dtype, device=x.device), torch.empty(tiles, n, device=x.device)
+    nats, totals = torch.empty(2, n, device=x.device)
+    all_words[(tiles, -(-n // tile["ROWS"]))](x, matrix, gradient, sums, n, vocab_size, d, **tile)
+    strips = -(-n // strip["ROWS"])
+    of_targets[(strips,)](x, matrix, targets, sums, gradient, nats, totals, n, vocab_size, d, tiles, **strip)
+    return nats, totals, gradient
 
 
 class ParameterGroups(NamedTuple):
@@ -1503,7 +1516,8 @@ class Model(nn.Module):
         tied = table if self.genome.tied else None
         key = ("head", self.genome.d_out, self.genome.tied and self.genome.embed_dim)
         compile_one(self.head, key, [stream(self.genome.d_out), tied])
-        if table.is_cuda and isinstance(problem := loss_kernel(len(table), self.embed.dtype), str):
+        width = self.genome.embed_dim if self.genome.tied else self.genome.d_out
+        if table.is_cuda and isinstance(problem := loss_kernels(len(table), width, self.embed.dtype), str):
             eager.add(f"loss ({problem})")
         return "eager: " + ", ".join(sorted(eager)) if eager else ""
 
@@ -1590,42 +1604,85 @@ def compile_part(part: nn.Module, key: tuple, inputs: list) -> str:
     return ""
 
 
-def logits_to_gradient(logits, targets, nats, width, share, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """A Triton kernel. Each program reads one row of (N, width) logits once, and writes its gradient in its place.
+def gradient_of_all(
+    x, matrix, gradient, sums, n, vocab_size,
+    d: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A Triton kernel: logits, the product of x (n, d) and matrix (vocab_size, d), made by the tile and never stored.
 
-    nats (N,): the cross entropy of targets (N,) under the soft-capped logits; the gradient is that of share times their
-    sum. Capped logits need no maximum taken off before their exponentials.
+    Capped logits need no maximum taken off before their exponentials, e = exp(capped - CAP). Stored are those times the
+    slope of the cap, gradient (n, vocab_size), and summed over the words of each tile, sums (tiles, n) float32.
     """
-    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at = logits + row * width + place
-    x = tl.load(at, mask=place < width, other=0.0).to(tl.float32)
-    tanh = 1 - 2 / (tl.exp(x * (2 / CAP)) + 1)
-    e = tl.where(place < width, tl.exp(CAP * tanh - CAP), 0.0)
-    total = tl.sum(e, 0)
-    hit = (place == tl.load(targets + row)).to(tl.float32)
-    tl.store(nats + row, tl.log(total) + CAP - tl.sum(hit * CAP * tanh, 0))
-    gradient = (e / total - hit) * (1 - tanh * tanh) * share
-    tl.store(at, gradient.to(logits.dtype.element_ty), mask=place < width)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    is_row, is_word = (row < n)[:, None], (word < vocab_size)[None, :]
+    logits = tl.zeros((ROWS, WORDS), tl.float32)
+    for first in range(0, d, DEPTH):
+        part = first + tl.arange(0, DEPTH)
+        a = tl.load(x + row[:, None] * d + part[None, :], mask=is_row & (part < d)[None, :], other=0.0)
+        b = tl.load(matrix + word[None, :] * d + part[:, None], mask=is_word & (part < d)[:, None], other=0.0)
+        logits = tl.dot(a, b, logits)
+    tanh = 1 - 2 / (tl.exp(logits * (2 / CAP)) + 1)
+    e = tl.where(is_word, tl.exp(CAP * tanh - CAP), 0.0)
+    tl.store(sums + tl.program_id(0) * n + row, tl.sum(e, 1), mask=row < n)
+    at = gradient + row[:, None].to(tl.int64) * vocab_size + word[None, :]
+    tl.store(at, (e * (1 - tanh * tanh)).to(gradient.dtype.element_ty), mask=is_row & is_word)
 
 
-def kernel_size(width: int) -> dict[str, int | float]:
-    """The constants of that kernel for rows of so many logits."""
-    block = 1 << (width - 1).bit_length()
-    return dict(CAP=LOGIT_CAP, BLOCK=block, num_warps=min(16, max(4, block // 1024)))
+def gradient_of_targets(
+    x, matrix, targets, sums, gradient, nats, totals, n, vocab_size,
+    d: tl.constexpr, tiles, CAP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A Triton kernel, the second: totals (n,) of sums over tiles, nats (n,), and the gradient at the targets (n,), for
+    which the total is taken off e."""
+    row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILES)
+    is_row = row < n
+    is_sum = (tile < tiles)[:, None] & is_row[None, :]
+    total = tl.sum(tl.load(sums + tile[:, None] * n + row[None, :], mask=is_sum, other=0.0), 0)
+    target = tl.load(targets + row, mask=is_row, other=0)
+    logit = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, d, DEPTH):
+        part = first + tl.arange(0, DEPTH)
+        mask = is_row[:, None] & (part < d)[None, :]
+        a = tl.load(x + row[:, None] * d + part[None, :], mask=mask, other=0.0)
+        b = tl.load(matrix + target[:, None] * d + part[None, :], mask=mask, other=0.0)
+        logit += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    tanh = 1 - 2 / (tl.exp(logit * (2 / CAP)) + 1)
+    less = tl.exp(CAP * tanh - CAP) - total
+    tl.store(nats + row, tl.log(total) + CAP - CAP * tanh, mask=is_row)
+    tl.store(totals + row, total, mask=is_row)
+    at = gradient + row.to(tl.int64) * vocab_size + target
+    tl.store(at, (less * (1 - tanh * tanh)).to(gradient.dtype.element_ty), mask=is_row)
+
+
+def tile_size(dtype: torch.dtype) -> dict[str, int | float]:
+    """The constants of gradient_of_all: on an H200 the best of those that were tried at widths of 256 and 512."""
+    if dtype == torch.float32:  # on cards without bfloat16
+        return dict(CAP=LOGIT_CAP, ROWS=64, WORDS=64, DEPTH=32, num_warps=4, num_stages=2)
+    return dict(CAP=LOGIT_CAP, ROWS=128, WORDS=128, DEPTH=32, num_warps=8, num_stages=4)
+
+
+def strip_size(tiles: int) -> dict[str, int | float]:
+    """The constants of gradient_of_targets, for sums of so many tiles."""
+    return dict(CAP=LOGIT_CAP, ROWS=32, TILES=1 << (tiles - 1).bit_length(), DEPTH=64, num_warps=4)
 
 
 @functools.cache
-def loss_kernel(width: int, dtype: torch.dtype):
-    """That kernel, compiled for rows of so many logits without being run; or why there is none."""
+def loss_kernels(vocab_size: int, d: int, dtype: torch.dtype):
+    """Those kernels, compiled for a vocabulary and a width without being run; or why there are none."""
     global tl
     try:
         import triton
         import triton.language as tl
 
-        kernel = triton.jit(logits_to_gradient)
-        kernel.warmup(dtype, torch.int64, torch.float32, width, 0.5, grid=(1,), **kernel_size(width))
-        return kernel
-    except Exception as error:  # whatever the compiler says: the loss is computed without it, slower
+        all_words, of_targets = triton.jit(gradient_of_all), triton.jit(gradient_of_targets)
+        tile, n, fp32 = tile_size(dtype), 64, torch.float32
+        tiles = -(-vocab_size // tile["WORDS"])
+        all_words.warmup(dtype, dtype, dtype, fp32, n, vocab_size, d, grid=(1,), **tile)
+        types = dtype, dtype, torch.int64, fp32, dtype, fp32, fp32
+        of_targets.warmup(*types, n, vocab_size, d, tiles, grid=(1,), **strip_size(tiles))
+        return all_words, of_targets
+    except Exception as error:  # whatever the compiler says: the loss is computed without them, slower
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 

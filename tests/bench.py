@@ -274,7 +274,7 @@ def frame(data, settings):
         sizes = [(p.numel(), min(p.shape[-2:]), max(p.shape[-2:])) for p in matrices]
         ideal = {
             "products": 6 * tokens * vocab * empty.embed_dim / PEAK_FLOPS,
-            "five passes over bf16 logits": 5 * 2 * tokens * vocab / rate,
+            "three passes over bf16 logits": 3 * 2 * tokens * vocab / rate,
             "AdamW": 28 * tables / rate,
         }
         genes = 6 * tokens * sum(n for n, _, _ in sizes) / PEAK_FLOPS  # attention's own not counted

@@ -38,14 +38,14 @@ def copied(source: Path, out: Path, stage: str | None, generation: int | None, c
     return len(kept)
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", choices=list(evolve.STAGES))
     parser.add_argument("--generation", type=int, help="rows of the search up to this generation")
     parser.add_argument("changes", nargs="*", metavar="NAME=VALUE")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(argv)  # settings may stand behind the flags
     try:
         n = copied(args.source, args.out, args.stage, args.generation, dict(c.split("=", 1) for c in args.changes))
     except evolve.Stop as error:

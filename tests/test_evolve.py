@@ -3057,7 +3057,7 @@ DECIDING = {  # a file, what of it changes, and how
     "how operators are drawn": ("genome.py", "LONG", "LONG = 12", "LONG = 16"),
     "a learning rate": ("evolve.py", "MUON_LR", "MUON_LR, MUON_MOMENTUM = 0.02", "MUON_LR, MUON_MOMENTUM = 0.03"),
     "how the momentum rises": ("evolve.py", "MOMENTUM_STEPS", "MOMENTUM_STEPS = 300", "MOMENTUM_STEPS = 200"),
-    "the gradient of the loss": ("genome.py", "logits_to_gradient", "e / total - hit", "e / total - 2 * hit"),
+    "the gradient of the loss": ("genome.py", "gradient_of_targets", "- CAP) - total", "- CAP) - 2 * total"),
     "what a leak is": ("evolve.py", "Trial", "by_change > 0.01", "by_change > 0.02"),
     "attempts at the final": ("evolve.py", "once_more", "attempts=2)\n\n\nSTAGES", "attempts=3)\n\n\nSTAGES"),
     "a stage": ("evolve.py", "STAGES", '    "passes": once_more(passes_evaluations),\n', ""),

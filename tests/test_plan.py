@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import copy_rows
 import pytest
 import torch
-from copy_rows import copied
 from helpers import genes_have, remember_designs
 
 import evolve
@@ -1635,16 +1635,19 @@ def test_a_run_begins_with_rows_of_another(tmp_path):
         rows = list(record.rows)
     source = tmp_path / "a" / "results.tsv"
     tuned = [row for row in rows if row.stage == "baseline"]
-    assert copied(source, tmp_path / "b", "baseline", None, {"strategy": "random", "prescreen": "1"}) == len(tuned) > 5
+    copy_rows.main([str(source), str(tmp_path / "b"), "--stage", "baseline", "strategy=random", "prescreen=1"])
     other = dataclasses.replace(s, strategy="random", prescreen=1)
     with evolve.Record(tmp_path / "b") as record:
         assert evolve.differences(record.header, evolve.describe_run(other, data, "cpu")) == {}, "it goes on there"
-        assert record.rows == tuned
+        assert record.rows == tuned and len(tuned) > 5
         assert {t.stage for t in evolve.next_tasks(record.rows, other, VOCAB)} == {"search"}
     first = [row for row in rows if row.generation == 0]
-    assert copied(source, tmp_path / "c", None, 0, {}) == len(first) == s.population_size
+    copy_rows.main([str(source), str(tmp_path / "c"), "--generation", "0", "strategy=random"])
+    with evolve.Record(tmp_path / "c") as record:
+        assert record.rows == first and len(first) == s.population_size
+        assert record.header["strategy"] == "random"
     for out, changes, message in (("b", {}, "is there already"), ("d", {"no": "1"}, "no setting called no")):
         with pytest.raises(Stop, match=message):
-            copied(source, tmp_path / out, "baseline", None, changes)
+            copy_rows.copied(source, tmp_path / out, "baseline", None, changes)
     with pytest.raises(Stop, match="none"):
-        copied(tmp_path / "none", tmp_path / "e", "baseline", None, {})
+        copy_rows.copied(tmp_path / "none", tmp_path / "e", "baseline", None, {})
