@@ -93,7 +93,7 @@ REPEATS: Count = 3  # evaluations of a survivor, one a generation, each with a n
 MUTATION_RATE: Share = 0.3  # chance of each further mutation after the first, and of one after a crossover
 CROSSOVER_RATE: Share = 0.3  # share of children with two parents
 IMMIGRANTS: CountOr0 = 1  # random genomes among the newcomers of a generation
-PRESCREEN: Count = 50  # children bred for each that is trained, the one that a draw of what the record says likes best
+PRESCREEN: Count = 50  # newcomers bred for each that is trained, the one that a draw of what the record says likes best
 HURDLE: ShareAbove0 = 0.25  # best share of newcomers that train on after half their budget; 1: no hurdle
 HURDLE_SAMPLE: Share = 0.1  # share of newcomers that train on all the same, to see what the hurdle costs
 BASELINE_TRIALS: CountOr0 = 20  # evaluations that tune each family of designs by people first; 0: no baselines
@@ -2226,11 +2226,13 @@ def hurdle_after(earlier: list[Result], settings: Settings) -> tuple[float, ...]
 # What is tried. The space is wide and an evaluation is dear, but a child costs a millisecond: for each place many are
 # bred, and the record, so far as it goes, is asked which of them to breed on from, and in the end which one to train.
 
-WEIGHT = 0.012  # bits per byte that a part is worth, before anything is known of it: a standard deviation, as all below
-MISFIT = 0.008  # of what a genome scores from the sum of its parts
+WEIGHT = 0.025  # bits per byte that a part is worth, before anything is known of it: a standard deviation, as all below
+LIKENESS = 0.05  # of what is no sum of parts, and shared by genomes as far as they are alike
+MISFIT = 0.01  # of what is neither, and each genome's own
 LEVEL = 0.3  # of the level of all scores
 NOISE = 0.0025  # of an evaluation
-CLIP = 0.08  # scores are cut so far above the best, and a score unknown for divergence counts as that
+SPREAD = 0.3  # of a draw, as a share of what is believed; 0: what is expected, and nothing new would be tried
+NEAR = 0.06  # above the best, from where on scores count by their logarithm: see `squeezed`
 ROUNDS = 5  # in which PRESCREEN children are bred: in the first from parents, then from the best child so far
 
 
@@ -2239,7 +2241,8 @@ def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
     """What a network consists of, by name, each on a scale on which it may be worth about as much as the others.
 
     Ops and how often they stand there; choices of traits that are not the usual ones; pairs of ops in a row, norms
-    aside; what stands before the first attention; depth, width, size, and how it is trained.
+    aside; what stands before the first attention; depth, width, size, ops that no residual passes by, ops on means of
+    tokens; and how it is trained.
     """
     found: dict[tuple, float] = {}
     genes = collections.defaultdict(list)
@@ -2267,50 +2270,71 @@ def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
     }
     for name, x in scales.items():
         found[name,], found[name, "squared"] = x, 0.5 * x * x
+    bare = [node for node in genome.network if node.skip is None and node.gene.op not in ("norm", "identity")]
+    found["bare",] = float(len(bare))
+    found["narrowest",] = math.log2(min([genome.embed_dim, *(node.d_out for node in genome.network)]) / 256)
+    found["strided",] = float(sum(node.gene.stride > 1 for node in genome.network))
     found["size",] = math.log2(genome.num_params(vocab_size) / 5e6)
     found["tied",] = float(genome.tied)
     return found
 
 
+@functools.lru_cache(maxsize=5_000)
+def pieces(genome: Genome) -> tuple:
+    """What is compared where two networks are: each gene as it is, and each two ops in a row, numbered where the same
+    comes again."""
+    genes = [node.gene for node in genome.network]
+    found = [*genes, *itertools.pairwise(["", *genome.ops]), (genome.embed_dim, genome.tied, genome.lr_factor)]
+    times: collections.Counter = collections.Counter()
+    return tuple((piece, times.update([piece]) or times[piece]) for piece in found)
+
+
 class Evidence(NamedTuple):
-    """What one evaluation showed: the parts, the score, and how uncertain that is."""
+    """What one evaluation showed: the score of a genome, squeezed, and how uncertain that is."""
 
     id: str
-    parts: dict[tuple, float]
+    genome: Genome
     score: float
     noise: float
 
 
-def evidence(rows: list[Result], settings: Settings, vocab_size: int) -> list[Evidence]:
+def squeezed(score: float, best: float) -> float:
+    """Bits per byte, as they are near the best, and by their logarithm far above it: what is bad says of what, but a
+    network at 2.3 must not count for more than all differences between good ones."""
+    return best + NEAR * math.log1p(max(0.0, score - best) / NEAR)
+
+
+def evidence(rows: list[Result], settings: Settings) -> list[Evidence]:
     """What the search has shown so far; in an order that does not depend on which evaluation ended first.
 
-    Who was stopped at the hurdle is taken at what its outlook says there: a line through the others' scores.
+    Who was stopped at the hurdle is taken at what its outlook says there: a line through the others' scores. What
+    diverged counts as a bit per byte above the best, as far as it counts.
     """
     rows = sorted(of_stage(rows, "search"), key=lambda row: (in_order(row.id), row.seed))
     scored = [row for row in rows if row.status == "ok"]
     if not scored:
         return []
-    cut, found = min(row.val_bpb for row in scored) + CLIP, []
+    best, found = min(row.val_bpb for row in scored), []
 
     @functools.cache
-    def line(tenth: int) -> tuple[float, float, float, float] | None:
+    def line(tenth: int) -> tuple[float, float, float] | None:
         return line_at(tenth, scored, settings)
 
     for row in rows:
         score, noise = row.val_bpb, NOISE
         if row.status == "diverged":
-            score, noise = cut, CLIP / 2
+            score, noise = best + 1, NEAR
         if row.status == "stopped" and (known := line(row.whole_tenth)):
-            slope, level, noise, best = known
+            slope, level, noise = known
             at = outlook(row.loss_of(row.whole_tenth), row.tokens_per_s or 1, settings)
             score = max(best, level + slope * at)  # who was stopped is not the best
         if score is not None:
-            found.append(Evidence(row.id, parts(Genome.from_json(row.genome), vocab_size), min(score, cut), noise))
+            found.append(Evidence(row.id, Genome.from_json(row.genome), squeezed(score, best), noise))
     return found
 
 
-def line_at(tenth: int, scored: list[Result], settings: Settings) -> tuple[float, float, float, float] | None:
-    """How scores go with the outlook after a tenth: slope and level of a line, what they are off it, and the best.
+def line_at(tenth: int, scored: list[Result], settings: Settings) -> tuple[float, float, float] | None:
+    """How scores go with the outlook after a tenth: slope and level of a line, and what they are off it.
 
     None where too few are known.
     """
@@ -2320,54 +2344,76 @@ def line_at(tenth: int, scored: list[Result], settings: Settings) -> tuple[float
         return None
     slope, level = statistics.linear_regression(*zip(*known, strict=True))
     off = statistics.fmean((level + slope * x - y) ** 2 for x, y in known) ** 0.5
-    return slope, level, max(NOISE, off), min(y for _, y in known)
+    return slope, level, max(NOISE, off)
 
 
 class Belief:
-    """What the record says of each part: Bayesian linear regression of scores on parts.
+    """What the record says of a genome: Bayesian linear regression of scores on parts, and what is no sum by likeness.
 
-    Every weight is normal a priori, and so is what a genome is off the sum of its parts, alike in all its evaluations.
-    What matters is the draw (Thompson 1933; Russo et al. 2018): weights that are not known yet vary widely, so that a
-    new part is tried early, several in one child, and dropped once the record speaks against it. In the search of
-    architectures after White et al. 2021, BANANAS.
+    Every weight is normal a priori. So is what a genome is off the sum of its parts: some of that is its own, alike in
+    all its evaluations, and some is shared by genomes that are alike, as much as they have pieces in common (Tanimoto's
+    kernel: Ralaivola et al. 2005). So what is good in a parent and no part of it is handed on to children that keep
+    most of it.
+
+    What matters is the draw (Thompson 1933; Russo et al. 2018): weights that are not known yet vary most, so that a new
+    part is tried early, and dropped once the record speaks against it. In the search of architectures after White et
+    al. 2021, BANANAS.
     """
 
-    def __init__(self, seen: list[Evidence]):
-        self.names = {name: i for i, name in enumerate(dict.fromkeys(name for s in seen for name in s.parts))}
-        self.X = np.stack([self.vector(s.parts) for s in seen])  # (evaluations, parts)
-        scores, self.noise = np.array([s.score for s in seen]), np.array([s.noise for s in seen])
-        self.y = scores - scores.mean()
+    def __init__(self, seen: list[Evidence], vocab_size: int):
+        self.vocab_size = vocab_size
         ids = {s.id: i for i, s in enumerate(seen)}
-        self.genome = np.array([ids[s.id] for s in seen])  # a number that evaluations of one genome share
-        alike = self.genome[:, None] == self.genome
-        prior = WEIGHT**2 * self.X @ self.X.T + LEVEL**2 + MISFIT**2 * alike
-        self.precision = np.linalg.inv(prior + np.diag(self.noise**2))
+        own = np.array([ids[s.id] for s in seen])  # a number that evaluations of one genome share
+        known = [parts(s.genome, vocab_size) for s in seen]
+        self.names = {name: i for i, name in enumerate(dict.fromkeys(name for found in known for name in found))}
+        self.X = np.stack([self.vector(found) for found in known])  # (evaluations, parts)
+        made_of = [pieces(s.genome) for s in seen]
+        self.place = {piece: i for i, piece in enumerate(dict.fromkeys(itertools.chain(*made_of)))}
+        self.sizes = np.array([len(found) for found in made_of])
+        self.has = np.zeros((len(self.place), len(seen)), dtype=bool)  # (pieces, evaluations)
+        for i, found in enumerate(made_of):
+            self.has[[self.place[piece] for piece in found], i] = True
+        alike = np.stack([self.likeness(s.genome) for s in seen])
+        scores, noise = np.array([s.score for s in seen]), np.array([s.noise for s in seen])
+        self.y = scores - scores.mean()
+        rest = LEVEL**2 + LIKENESS**2 * alike + MISFIT**2 * (own[:, None] == own) + np.diag(noise**2)
+        self.root, self.rest_precision = np.linalg.cholesky(rest), np.linalg.inv(rest)
+        self.precision = np.linalg.inv(WEIGHT**2 * self.X @ self.X.T + rest)
 
-    def vector(self, parts: dict[tuple, float]) -> np.ndarray:
+    def vector(self, found: dict[tuple, float]) -> np.ndarray:
         x = np.zeros(len(self.names))
-        for name, value in parts.items():
+        for name, value in found.items():
             if name in self.names:
                 x[self.names[name]] = value
         return x
 
-    def draw(self, rng: np.random.Generator) -> Callable[[dict[tuple, float]], float]:
-        """One set of weights from the posterior, as a function from parts to the score, up to a constant.
+    def likeness(self, genome: Genome) -> np.ndarray:
+        """(evaluations,): how much of a genome and of each that was evaluated is the same, from 0 to 1."""
+        found = pieces(genome)
+        common = self.has[[self.place[piece] for piece in found if piece in self.place]].sum(0)
+        return common / (len(found) + self.sizes - common)
+
+    def draw(self, rng: np.random.Generator, spread: float = 1.0) -> Callable[[Genome], float]:
+        """One set of weights from the posterior, as a function from a genome to its score, up to a constant.
 
         By Matheron's rule: a draw from the prior, put right by what it would have seen. A part that the record lacks
-        keeps its draw from the prior.
+        keeps its draw from the prior. What these weights leave unexplained is expected by likeness, and not drawn.
+        spread: of the posterior's standard deviation; 0 is its mean.
         """
         n, p = self.X.shape
-        weights, level = WEIGHT * rng.standard_normal(p), LEVEL * rng.standard_normal()
-        misfit, noise = MISFIT * rng.standard_normal(n)[self.genome], self.noise * rng.standard_normal(n)
-        weights += WEIGHT**2 * self.X.T @ (self.precision @ (self.y - self.X @ weights - level - misfit - noise))
+        weights, rest = spread * WEIGHT * rng.standard_normal(p), spread * (self.root @ rng.standard_normal(n))
+        weights += WEIGHT**2 * self.X.T @ (self.precision @ (self.y - self.X @ weights - rest))
+        unexplained = LIKENESS**2 * self.rest_precision @ (self.y - self.X @ weights)
         new: dict[tuple, float] = {}
 
-        def score(parts: dict[tuple, float]) -> float:
-            unknown = [name for name in parts if name not in self.names]
+        def score(genome: Genome) -> float:
+            found = parts(genome, self.vocab_size)
+            unknown = [name for name in found if name not in self.names]
             for name in unknown:
                 if name not in new:
-                    new[name] = WEIGHT * rng.standard_normal()
-            return float(weights @ self.vector(parts)) + sum(new[name] * parts[name] for name in unknown)
+                    new[name] = spread * WEIGHT * rng.standard_normal()
+            drawn = weights @ self.vector(found) + sum(new[name] * found[name] for name in unknown)
+            return float(drawn + self.likeness(genome) @ unexplained)
 
         return score
 
@@ -2378,11 +2424,13 @@ class Newborn(NamedTuple):
     parents: tuple[str, ...]
 
 
-def child_of(draw: Draw, settings: Settings, rng: random.Random, bred: Newborn | None = None) -> Newborn:
-    """A child of one parent or of two that are drawn; or one that was bred already, changed further."""
+def child_of(draw: Draw | None, settings: Settings, rng: random.Random, bred: Newborn | None = None) -> Newborn:
+    """A child of one parent or of two that are drawn, or of none; or one that was bred already, changed further."""
     if bred:
         genome, operator = mutate(bred.genome, rng, settings.mutation_rate)
         return Newborn(genome, f"{bred.operator}+{operator}", bred.parents)
+    if draw is None:
+        return Newborn(random_genome(rng), "random", ())
     parent = draw(rng)
     if rng.random() < settings.crossover_rate:
         others = (other for other in (draw(rng) for _ in range(10)) if other.id != parent.id)
@@ -2396,12 +2444,14 @@ def child_of(draw: Draw, settings: Settings, rng: random.Random, bred: Newborn |
     return Newborn(genome, operator, (parent.id,))
 
 
-def best_bred(n: int, bred: Callable[[Newborn | None], Newborn], score: Callable[[Newborn], float]) -> Newborn:
-    """The child of n with the least score, bred in ROUNDS: in the first from parents, then from the best so far."""
-    best, rounds = None, min(ROUNDS, n)
+def best_bred(
+    n: int, rounds: int, bred: Callable[[Newborn | None], Newborn], score: Callable[[Genome], float]
+) -> Newborn:
+    """The child of n with the least score, bred in rounds: each but the first from the best so far."""
+    best, rounds = None, min(rounds, n)
     for _ in range(rounds):
         litter = [bred(best) for _ in range(n // rounds)]
-        best = min([*litter, *([best] if best else [])], key=score)
+        best = min([*litter, *([best] if best else [])], key=lambda child: score(child.genome))
     return best
 
 
@@ -2416,7 +2466,7 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
     tasks = [Task("search", c.id, c.genome, seed, base + c.tried, generation, operator="repeat") for c in repeats]
     draw = SELECTION[settings.strategy](known, settings) if known and settings.strategy in SELECTION else None
     chooses = draw and settings.prescreen > 1 and settings.strategy != "drift"  # controls choose nothing
-    belief = Belief(evidence(earlier, settings, vocab_size)) if chooses else None
+    belief = Belief(evidence(earlier, settings), vocab_size) if chooses else None
     met = {row.key for row in earlier}
 
     def new(make: Callable[[], Newborn]) -> Newborn:
@@ -2432,19 +2482,16 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
 
     newcomers = settings.population_size - len(repeats)
     for n in range(newcomers):
+        parents = None if n >= newcomers - settings.immigrants else draw
         if generation == 0 and n < len(settings.start):
             child = Newborn(settings.start[n], "start", ())
-        elif draw is None or n >= newcomers - settings.immigrants:
-            child = new(lambda: Newborn(random_genome(rng), "random", ()))
         elif belief is None:
-            child = new(lambda: child_of(draw, settings, rng))
+            child = new(functools.partial(child_of, parents, settings, rng))
         else:
-            drawn = belief.draw(np.random.default_rng(rng.getrandbits(64)))
-            child = best_bred(
-                settings.prescreen,
-                lambda best: new(lambda: child_of(draw, settings, rng, best)),
-                lambda child, drawn=drawn: drawn(parts(child.genome, vocab_size)),
-            )
+            bred = functools.partial(child_of, parents, settings, rng)
+            score = belief.draw(np.random.default_rng(rng.getrandbits(64)), SPREAD)
+            rounds = ROUNDS if parents else 1
+            child = best_bred(settings.prescreen, rounds, lambda best, bred=bred: new(lambda: bred(best)), score)
         met.add(child.genome.key)
         spared = rng.random() < settings.hurdle_sample
         is_immigrant = child.operator == "random" and settings.strategy != "random"

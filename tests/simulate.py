@@ -1,15 +1,15 @@
 """tests/simulate.py: which search finds most, on made-up landscapes, by hand and on the CPU.
 
-    uv run tests/simulate.py                                    every strategy, with and without prescreen, 40 seeds
+    uv run tests/simulate.py                                    every strategy, with and without prescreen, 20 seeds
     uv run tests/simulate.py --seeds 4 elites "elites repeats=1 prescreen=10"        only these searches
     uv run tests/simulate.py --records                          what the belief would have foretold in published runs
 
-Each search is evolve.py's own breeding, in the space of genome.py, for 25 generations of 12; only training is made up.
+Each search is evolve.py's own breeding, in the space of genome.py, for 16 generations of 12; only training is made up.
 A landscape says what each genome would score: what a ridge regression finds in the records of published runs, with
-parts planted on top. Of these some help, some do nothing, some harm; some act only in front of attention or only
-together, one pair harms alone and helps together; and part of each genome's score is no sum of anything. All searches
-meet the same landscapes. The score of a search is the true one of its winner, found by a final of three genomes with
-five seeds.
+parts planted on top. Of these some help, some do nothing, more of them harm; some act only in front of attention or
+only together, one pair harms alone and helps together; and part of each genome's score is no sum of anything, but
+shared by genomes that are alike. All searches meet the same landscapes. The score of a search is the true one of its
+winner, found by a final of three genomes with five seeds.
 """
 
 import argparse
@@ -32,14 +32,19 @@ import evolve
 from genome import OPS, Genome
 
 VOCAB = 8_192
-RECORDS = ("results.tsv", "runs/seed1-5s/results.tsv", "runs/random-5s/results.tsv")
+PAIRS_OF_RUNS = ("runs/pair-5s/prescreen1/results.tsv", "runs/pair-5s/prescreen50/results.tsv")
+RECORDS = ("results.tsv", "runs/seed1-5s/results.tsv", "runs/random-5s/results.tsv", "runs/drift-5s/results.tsv")
 NOISE = evolve.NOISE  # of an evaluation
 NOISE_AT = {3: 0.012, 5: 0.006}  # of the outlook after so many tenths, beside that
-MISFIT = 0.006  # standard deviation of what no sum explains
+MISFIT = 0.003  # standard deviation of what no sum explains, and which no two genomes share
+STRUCTURE = 0.01  # of what no sum explains, and which genomes share by their likeness
+HASHES = 64  # see `structure`
 ROOM = 0.08  # below the best of the records, which nothing can use up
-PLANTED, PAIRS = 24, 6
-WORTH = 0.010  # standard deviation of what a planted part is worth
-USUAL = {name: getattr(evolve, name) for name in ("ROUNDS", "WEIGHT", "MISFIT", "CLIP")}  # what an arm may change
+PAIRS = 6
+HELP, HARM = 0.010, 0.008  # standard deviations of what a planted part gains or costs
+HELPS, HARMS = 0.2, 0.4  # shares of those that gain and that cost something
+CHANGES = ("ROUNDS", "WEIGHT", "LIKENESS", "MISFIT", "NEAR", "SPREAD")
+USUAL = {name: getattr(evolve, name) for name in CHANGES}  # what an arm may change, beside settings
 
 
 def normal(*what) -> float:
@@ -49,18 +54,39 @@ def normal(*what) -> float:
 
 @functools.cache
 def fitted() -> tuple[dict[tuple, tuple[float, float, float]], float, float]:
-    """What a ridge regression says of the parts in the records: the weight of each, the least and the most of it that
-    was seen; the level, and the best score."""
-    root, rows = Path(__file__).resolve().parent.parent, []
+    """What a ridge regression says of the parts in the records, scores squeezed: the weight of each, the least and the
+    most of it that was seen; the level, and the best score."""
+    root, settings, seen = Path(__file__).resolve().parent.parent, evolve.Settings(time_budget=5.0), []
     for name in RECORDS:
-        rows += [row for row in evolve.read_results((root / name).read_bytes())[2] if row.status == "ok"]
-    rows = [row for row in rows if row.stage == "search" and row.val_bpb < 1.7]
-    parts = [evolve.parts(Genome.from_json(row.genome), VOCAB) for row in rows]
-    names = list(dict.fromkeys(name for p in parts for name in p))
-    X = np.array([[p.get(name, 0.0) for name in names] for p in parts])
-    y = np.array([row.val_bpb for row in rows])
+        seen += evolve.evidence(evolve.read_results((root / name).read_bytes())[2], settings)
+    known = [evolve.parts(evidence.genome, VOCAB) for evidence in seen]
+    names = list(dict.fromkeys(name for found in known for name in found))
+    X = np.array([[found.get(name, 0.0) for name in names] for found in known])
+    y = np.array([evidence.score for evidence in seen])
     weights = np.linalg.solve(X.T @ X + 5.0 * np.eye(len(names)), X.T @ (y - y.mean()))
     return dict(zip(names, zip(weights, X.min(0), X.max(0), strict=True), strict=True)), y.mean(), y.min()
+
+
+def pieces(genome: Genome) -> list[int]:
+    """A number for each gene, each two in a row, and each op; for the second of the same another one."""
+    genes = [repr(node.gene) for node in genome.network]
+    found = [*genes, *itertools.pairwise(["", *genes]), *genome.ops, (genome.embed_dim, genome.tied, genome.lr_factor)]
+    return [hashed(piece, found[:i].count(piece)) for i, piece in enumerate(found)]
+
+
+@functools.lru_cache(maxsize=500_000)
+def hashed(*what) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "big")
+
+
+def structure(seed: int, genome: Genome) -> float:
+    """A random function, standard normal, of which two genomes share as much as they have pieces in common (Tanimoto):
+    with that probability the least hash of all their pieces is the same one (Broder 1997)."""
+    factors = np.random.default_rng(seed).integers(1, 2**63, HASHES, dtype=np.uint64) | np.uint64(1)
+    x = np.array(pieces(genome), np.uint64)[:, None] * factors
+    x = (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    least = (x ^ (x >> np.uint64(32))).min(0)
+    return sum(random.Random(int(n) ^ i).gauss(0, 1) for i, n in enumerate(least)) / HASHES**0.5
 
 
 class Landscape:
@@ -70,11 +96,12 @@ class Landscape:
         choices = [(op, name, c) for op, cls in OPS.items() for name, all in cls.traits.items() for c in all[1:]]
         choices += [("before attention", op) for op in OPS if op not in ("norm", "identity", "attention")]
         choices = [choice for choice in choices if choice not in known]
-        self.planted = {
-            choice: rng.choice((1, 1, 1, 0)) * rng.gauss(0, WORTH) for choice in rng.sample(choices, PLANTED)
-        }
+        self.planted = {}
+        for choice in choices:
+            worth = -abs(rng.gauss(0, HELP)), abs(rng.gauss(0, HARM)), 0.0
+            (self.planted[choice],) = rng.choices(worth, (HELPS, HARMS, 1 - HELPS - HARMS))
         pairs = rng.sample(list(itertools.combinations(self.planted, 2)), PAIRS)
-        self.pairs = {pair: rng.gauss(0, WORTH) for pair in pairs}
+        self.pairs = {pair: rng.gauss(0, HELP) for pair in pairs}
         trap = rng.sample(list(self.planted), 2)
         self.planted |= dict.fromkeys(trap, 0.008)
         self.pairs[tuple(trap)] = -0.032
@@ -87,9 +114,10 @@ class Landscape:
         score += sum(worth * min(1.0, parts.get(part, 0.0)) for part, worth in self.planted.items())
         score += sum(worth for (a, b), worth in self.pairs.items() if a in parts and b in parts)
         score += 0.02 * max(0.0, len(genome.network) / 24 - 1) ** 2  # too slow to see enough text
+        score += STRUCTURE * structure(self.seed, genome) + MISFIT * normal(self.seed, genome.key)
         if score < best:  # the more is gained, the less is left
-            score = best - ROOM * (1 - math.exp((score - best) / ROOM))
-        return score + MISFIT * normal(self.seed, genome.key)
+            return best - ROOM * (1 - math.exp((score - best) / ROOM))
+        return best + USUAL["NEAR"] * math.expm1(min((score - best) / USUAL["NEAR"], 3.0))  # no longer squeezed
 
     def result(self, task: evolve.Task) -> evolve.Result:
         """The row of an evaluation, with the hurdle that it meets."""
@@ -110,7 +138,7 @@ class Landscape:
         return row
 
 
-def run(arm: str, seed: int, generations: int = 25) -> dict[str, float]:
+def run(arm: str, seed: int, generations: int) -> dict[str, float]:
     changed, constants = arm_of(arm)
     for name, value in {**USUAL, **constants}.items():
         setattr(evolve, name, value)
@@ -138,27 +166,31 @@ def run(arm: str, seed: int, generations: int = 25) -> dict[str, float]:
     }
 
 
-def foretold(name: str) -> tuple[float, float, int]:
+def foretold(name: str) -> tuple[float, float | None, int]:
     """Rank correlation of newcomers' scores in a record with what was to be expected of them before their generation,
     by the belief and by the mean score of their parents: a mean over generations, weighted; and of how many newcomers.
+    Who was stopped counts with what its outlook says; random genomes only where there are no others.
     """
-    settings = evolve.Settings()
-    rows = evolve.read_results((Path(__file__).resolve().parent.parent / name).read_bytes())[2]
-    rows, found = evolve.of_stage(rows, "search"), []
+    settings = evolve.Settings(time_budget=5.0)
+    rows = evolve.of_stage(
+        evolve.read_results((Path(__file__).resolve().parent.parent / name).read_bytes())[2], "search"
+    )
+    score_of = {e.id: e.score for e in reversed(evolve.evidence(rows, settings))}
+    bred, found = any(row.parents for row in rows), []
     for generation in range(2, max(row.generation for row in rows) + 1):
         earlier = [row for row in rows if row.generation < generation]
         means = {c.id: c.mean for c in evolve.searched(earlier)}
-        new = [row for row in rows if row.generation == generation and row.is_newcomer and row.status == "ok"]
-        new = [row for row in new if row.parents and all(p in means for p in row.parents.split(","))]
-        belief = evolve.Belief(evolve.evidence(earlier, settings, VOCAB))
-        weights = evolve.WEIGHT**2 * belief.X.T @ (belief.precision @ belief.y)
-        expected = [weights @ belief.vector(evolve.parts(Genome.from_json(row.genome), VOCAB)) for row in new]
-        parents = [statistics.fmean(means[p] for p in row.parents.split(",")) for row in new]
-        scores = [row.val_bpb for row in new]
-        both = [evolve.rank_correlation(those, scores) for those in (expected, parents)]
-        found += [(*both, len(new))] if None not in both else []
+        new = [row for row in rows if row.generation == generation and row.is_newcomer and row.id in score_of]
+        new = [row for row in new if all(p in means for p in row.parents.split(",")) or not (bred or row.parents)]
+        expect = evolve.Belief(evolve.evidence(earlier, settings), VOCAB).draw(np.random.default_rng(0), 0.0)
+        scores = [score_of[row.id] for row in new]
+        by_belief = evolve.rank_correlation([expect(Genome.from_json(row.genome)) for row in new], scores)
+        parents = [statistics.fmean(means[p] for p in row.parents.split(",")) for row in new] if bred else scores[:0]
+        by_parents = evolve.rank_correlation(parents, scores) if bred else 0.0
+        found += [(by_belief, by_parents, len(new))] if None not in (by_belief, by_parents) else []
     total = sum(n for *_, n in found)
-    return sum(a * n for a, _, n in found) / total, sum(b * n for _, b, n in found) / total, total
+    by_belief, by_parents = (sum(f[k] * f[2] for f in found) / total for k in (0, 1))
+    return by_belief, by_parents if bred else None, total
 
 
 def arm_of(text: str) -> tuple[dict, dict]:
@@ -173,7 +205,8 @@ def arm_of(text: str) -> tuple[dict, dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--processes", type=int, default=evolve.cpu_cores())
     strategies = [*evolve.SELECTION, "random"]
     defaults = [f"{name} prescreen=1" for name in strategies] + [name for name in evolve.SELECTION if name != "drift"]
@@ -181,14 +214,18 @@ def main():
     parser.add_argument("--records", action="store_true")
     args = parser.parse_args()
     if args.records:
-        for name in ("results.tsv", "runs/seed1-5s/results.tsv"):
-            print("{}: belief {:.2f}, parents {:.2f}, {} newcomers".format(name, *foretold(name)))
+        for name in (*RECORDS, *PAIRS_OF_RUNS):
+            by_belief, by_parents, n = foretold(name)
+            print(
+                f"{name}: belief {by_belief:.2f}, parents {by_parents and round(by_parents, 2)}, {n} newcomers",
+                flush=True,
+            )
         return
     first = None
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         for arm in args.arms:
-            results = pool.starmap(run, [(arm, seed) for seed in range(args.seeds)], chunksize=1)
+            results = pool.starmap(run, [(arm, seed, args.generations) for seed in range(args.seeds)], chunksize=1)
             scores, means = (
                 [r["score"] for r in results],
                 {k: statistics.fmean(r[k] for r in results) for k in results[0]},

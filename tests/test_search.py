@@ -265,6 +265,17 @@ def test_parts_by_hand():
     assert found["rate",] == 1 and found["rate", "squared"] == 0.5 and found["tied",] == 1
     assert found["depth",] == 2 / 4 and found["width",] == -4 and found["embedding",] == -1
     assert found["size",] == pytest.approx(math.log2(genome.num_params(VOCAB) / 5e6))
+    assert (found["bare",], found["narrowest",], found["strided",]) == (1, -2, 0), "no residual passes by the ngram"
+
+
+def test_pieces_and_likeness():
+    """Two networks of three pieces each, of which they share two, are alike by a half."""
+    a, b = (Genome([Gene("gate", dim), Gene("gate", dim)], embed_dim=64) for dim in (64, 128))
+    assert [n for _, n in evolve.pieces(a)] == [1, 2, 1, 1, 1], "the second gate is another piece than the first"
+    belief = Belief([Evidence("g0.01", a, 1.5, 0.0025), Evidence("g0.02", b, 1.4, 0.0025)], VOCAB)
+    assert belief.likeness(a) == pytest.approx([1, 3 / 7]) and belief.likeness(b) == pytest.approx([3 / 7, 1])
+    assert belief.likeness(dataclasses.replace(a, lr_factor=2.0)) == pytest.approx([4 / 6, 2 / 8])
+    assert belief.likeness(transformer(1, 256)) == pytest.approx([0, 0])
 
 
 def test_parts_of_shared_weights_and_of_nothing():
@@ -273,50 +284,81 @@ def test_parts_of_shared_weights_and_of_nothing():
     assert evolve.parts(Genome([Gene("identity")], embed_dim=64), VOCAB)["pair", "", ""] == 0.35
 
 
-def seen(*evaluations) -> list[Evidence]:
-    return [Evidence(id, {(name,): x for name, x in zip("abc", xs, strict=False) if x}, score, noise)
-            for id, xs, score, noise in evaluations]  # fmt: skip
+@pytest.fixture
+def made_of(monkeypatch):
+    """Networks whose parts are said: made_of(1, 0.5) has 1 of a and half of b."""
+    known = {}
+
+    def made(*amounts: float) -> Genome:
+        genome = some(len(known) + 1)[-1]
+        known[genome.key] = {(name,): x for name, x in zip("abc", amounts, strict=False) if x}
+        return genome
+
+    monkeypatch.setattr(evolve, "parts", lambda genome, vocab_size: known[genome.key])
+    return made
 
 
-def test_draws_come_from_the_posterior():
+def test_draws_come_from_the_posterior(made_of, monkeypatch):
     """Their mean and spread against the textbook: a Gaussian in which weights, level, misfits and scores are joint."""
-    evaluations = seen(
-        ("g0.01", (1, 0), 1.50, 0.0025),
-        ("g0.02", (1, 1), 1.47, 0.0025),
-        ("g0.02", (1, 1), 1.475, 0.0025),  # once more
-        ("g0.03", (0, 1), 1.49, 0.0025),
-        ("g0.04", (0.5, 0, 1), 1.52, 0.02),
-    )
+    monkeypatch.setattr(evolve, "LIKENESS", 0.0)
+    genomes = [made_of(1, 0), made_of(1, 1), made_of(0, 1), made_of(0.5, 0, 1)]
+    y = np.array([1.50, 1.47, 1.475, 1.49, 1.52])  # the second was evaluated twice
+    noise = np.array([0.0025, 0.0025, 0.0025, 0.0025, 0.02])
+    which = [0, 1, 1, 2, 3]
     X = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 0], [0.5, 0, 1]])
-    misfits = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    A = np.hstack([X, np.ones((5, 1)), misfits])  # scores are A @ (weights, level, misfits) and noise
+    A = np.hstack([X, np.ones((5, 1)), np.eye(4)[which]])  # scores are A @ (weights, level, misfits) and noise
     prior = np.diag([evolve.WEIGHT**2] * 3 + [evolve.LEVEL**2] + [evolve.MISFIT**2] * 4)
-    noise = np.diag(np.square([0.0025, 0.0025, 0.0025, 0.0025, 0.02]))
-    y = np.array([1.50, 1.47, 1.475, 1.49, 1.52])
-    posterior = np.linalg.inv(np.linalg.inv(prior) + A.T @ np.linalg.inv(noise) @ A)
-    mean = posterior @ A.T @ np.linalg.inv(noise) @ (y - y.mean())
+    posterior = np.linalg.inv(np.linalg.inv(prior) + A.T @ np.diag(noise**-2) @ A)
+    mean = posterior @ A.T @ np.diag(noise**-2) @ (y - y.mean())
 
-    belief, rng = Belief(evaluations), np.random.default_rng(0)
+    alone = [made_of(1), made_of(0, 1), made_of(0, 0, 1)]
+    seen = [Evidence(f"g0.0{i}", genomes[i], score, sd) for i, score, sd in zip(which, y, noise, strict=True)]
+    belief, rng = Belief(seen, VOCAB), np.random.default_rng(0)
     scores = [belief.draw(rng) for _ in range(4_000)]
-    draws = np.array([[score({(name,): 1.0}) for name in "abc"] for score in scores])
+    draws = np.array([[score(genome) for genome in alone] for score in scores])
     spread = np.sqrt(np.diag(posterior)[:3])
     assert draws.mean(0) == pytest.approx(mean[:3], abs=4 * spread.max() / 4_000**0.5)
     assert np.cov(draws.T) == pytest.approx(posterior[:3, :3], rel=0.15, abs=0.05 * spread.max() ** 2)
+    narrow = np.array([[score(genome) for genome in alone] for score in (belief.draw(rng, 0.5) for _ in range(4_000))])
+    assert narrow.mean(0) == pytest.approx(mean[:3], abs=4 * spread.max() / 4_000**0.5)
+    assert narrow.std(0) == pytest.approx(spread / 2, rel=0.1)
+    expected = belief.draw(rng, 0.0)
+    assert [expected(genome) for genome in alone] == pytest.approx(mean[:3])
 
 
-def test_what_the_record_lacks_varies_as_widely_as_before():
-    belief, rng = Belief(seen(("g0.01", (1,), 1.5, 0.0025), ("g0.02", (0, 1), 1.4, 0.0025))), np.random.default_rng(1)
+def test_what_is_no_sum_is_expected_by_likeness(monkeypatch):
+    """The mean against a Gaussian process with Tanimoto's kernel, written out."""
+    monkeypatch.setattr(evolve, "parts", lambda genome, vocab_size: {})
+    nets = [net("ssm", "gate"), net("ssm", "attention", "gate"), net("gru", "linear"), net("ssm", "gate", "gate")]
+
+    def alike(a: Genome, b: Genome) -> float:
+        a, b = set(evolve.pieces(a)), set(evolve.pieces(b))
+        return len(a & b) / len(a | b)
+
+    y, like = np.array([1.5, 1.4, 1.6]), [[alike(a, b) for b in nets[:3]] for a in nets]
+    cov = evolve.LEVEL**2 + evolve.LIKENESS**2 * np.array(like[:3]) + np.eye(3) * (evolve.MISFIT**2 + 0.0025**2)
+    expected = evolve.LIKENESS**2 * np.array(like) @ np.linalg.inv(cov) @ (y - y.mean())
+    evidence = [Evidence(f"g0.0{i}", nets[i], score, 0.0025) for i, score in enumerate(y)]
+    score = Belief(evidence, VOCAB).draw(np.random.default_rng(0))
+    assert [score(genome) for genome in nets] == pytest.approx(expected)
+    assert score(nets[1]) < score(nets[3]) < score(nets[2])
+
+
+def test_what_the_record_lacks_varies_as_widely_as_before(made_of, monkeypatch):
+    monkeypatch.setattr(evolve, "LIKENESS", 0.0)
+    seen = [Evidence("g0.01", made_of(1), 1.5, 0.0025), Evidence("g0.02", made_of(0, 1), 1.4, 0.0025)]
+    belief, rng, new = Belief(seen, VOCAB), np.random.default_rng(1), made_of(0, 0, 2)
     draws = [belief.draw(rng) for _ in range(2_000)]
-    new = [score({("new",): 2.0}) for score in draws]
-    assert statistics.stdev(new) == pytest.approx(2 * evolve.WEIGHT, rel=0.1) and abs(statistics.fmean(new)) < 0.002
-    score = draws[0]
-    assert score({("new",): 1.0}) == score({("new",): 1.0}), "one draw knows one weight of it"
+    found = [score(new) for score in draws]
+    assert statistics.stdev(found) == pytest.approx(2 * evolve.WEIGHT, rel=0.1) and abs(statistics.fmean(found)) < 0.004
+    assert draws[0](new) == draws[0](new), "one draw knows one weight of it"
+    assert belief.draw(rng, 0.0)(new) == 0
 
 
-def test_a_draw_is_a_function_of_the_record_and_the_seed():
-    evaluations = seen(("g0.01", (1, 0.5), 1.5, 0.0025), ("g0.02", (0, 1), 1.4, 0.0025))
-    one, two = (Belief(evaluations).draw(np.random.default_rng(3)) for _ in range(2))
-    assert one({("a",): 1.0}) == two({("a",): 1.0})
+def test_a_draw_is_a_function_of_the_record_and_the_seed(made_of):
+    seen = [Evidence("g0.01", made_of(1, 0.5), 1.5, 0.0025), Evidence("g0.02", made_of(0, 1), 1.4, 0.0025)]
+    one, two = (Belief(seen, VOCAB).draw(np.random.default_rng(3)) for _ in range(2))
+    assert one(seen[0].genome) == two(seen[0].genome)
 
 
 def losses(*tenths: float) -> str:
@@ -331,21 +373,21 @@ def test_evidence_of_all_that_trained():
     diverged = row("g0.06", nets[6], None, status="diverged", losses=losses(9.0))
     crashed = row("g0.07", nets[7], None, status="crash")
     rows = [*whole, again, stopped, diverged, crashed]
-    found = evolve.evidence(rows, S, VOCAB)
+    found = evolve.evidence(rows, S)
     assert [e.id for e in found] == ["g0.00", "g0.01", "g0.01", "g0.02", "g0.03", "g0.04", "g0.05", "g0.06"]
-    cut = 1.2 + evolve.CLIP
-    scores = [1.2, 1.21, 1.25, 1.22, 1.23, 1.24, None, cut]
-    assert [e.score for e in found if e.id != "g0.05"] == pytest.approx([s for s in scores if s])
+    scores = [1.2, 1.21, 1.25, 1.22, 1.23, 1.24, 2.2]  # what diverged counts as one more than the best
+    squeezed = [evolve.squeezed(score, 1.2) for score in scores]
+    assert [e.score for e in found if e.id != "g0.05"] == pytest.approx(squeezed)
     by_line = np.polyfit([3.0, 3.1, 3.2, 3.3, 3.4, 3.1], [1.2, 1.21, 1.22, 1.23, 1.24, 1.25], 1)
     (of_stopped,) = [e for e in found if e.id == "g0.05"]
-    assert of_stopped.score == pytest.approx(np.polyval(by_line, 3.25))
+    assert of_stopped.score == pytest.approx(evolve.squeezed(np.polyval(by_line, 3.25), 1.2))
     off = np.polyval(by_line, [3.0, 3.1, 3.2, 3.3, 3.4, 3.1]) - [1.2, 1.21, 1.22, 1.23, 1.24, 1.25]
     assert of_stopped.noise == pytest.approx(np.sqrt(np.mean(off**2)))
     assert {e.noise for e in found if e.id in ("g0.00", "g0.01")} == {evolve.NOISE}
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert evolve.evidence(shuffled, S, VOCAB) == found, "whoever ended first"
-    assert evolve.evidence([stopped, diverged], S, VOCAB) == [], "without a score there is nothing to go by"
-    assert [e.id for e in evolve.evidence([*whole[:2], stopped], S, VOCAB)] == ["g0.00", "g0.01"], "no line through two"
+    assert evolve.evidence(shuffled, S) == found, "whoever ended first"
+    assert evolve.evidence([stopped, diverged], S) == [], "without a score there is nothing to go by"
+    assert [e.id for e in evolve.evidence([*whole[:2], stopped], S)] == ["g0.00", "g0.01"], "no line through two"
 
 
 def test_a_stopped_newcomer_is_taken_at_its_last_whole_tenth_and_never_as_the_best():
@@ -354,14 +396,15 @@ def test_a_stopped_newcomer_is_taken_at_its_last_whole_tenth_and_never_as_the_be
     late = row("g0.04", nets[4], None, status="stopped", losses="3.9,nan,3.5,nan,nan,3.3" + ",nan" * 4)  # a slow step
     short = row("g0.05", nets[5], None, status="stopped", losses=losses(9.0))
     assert (late.whole_tenth, short.whole_tenth, whole[0].whole_tenth) == (3, 0, 9)
-    found = {e.id: e.score for e in evolve.evidence([*whole, late, short], S, VOCAB)}
+    found = {e.id: e.score for e in evolve.evidence([*whole, late, short], S)}
     assert found["g0.04"] == 1.2 and "g0.05" not in found
 
 
-def test_bad_scores_are_all_alike():
-    nets = some(2)
-    rows = [row("g0.01", nets[0], 1.3), row("g0.02", nets[1], 2.9)]
-    assert [e.score for e in evolve.evidence(rows, S, VOCAB)] == pytest.approx([1.3, 1.3 + evolve.CLIP])
+def test_scores_are_squeezed():
+    """As they are near the best; what is far above counts, but not for all that it is above."""
+    assert [evolve.squeezed(score, 1.3) for score in (1.2, 1.3)] == [1.3, 1.3]
+    near, far = evolve.squeezed(1.301, 1.3), [evolve.squeezed(score, 1.3) for score in (1.4, 1.5, 2.3)]
+    assert near == pytest.approx(1.301, abs=1e-5) and far[0] < far[1] < far[2] < 1.5
 
 
 def bred(settings: Settings, rows: list[Result]) -> list[Task]:
@@ -375,18 +418,17 @@ def first_generation(n: int = 6) -> list[Result]:
 def test_the_child_that_the_draw_likes_best_is_trained(monkeypatch):
     litters = []
 
-    def likes_attention(belief, rng):
+    def likes_attention(belief, rng, spread):
         litters.append([])
-        return lambda parts: litters[-1].append(parts) or -parts.get(("attention", "times"), 0.0)
+        return lambda genome: litters[-1].append(genome) or -genome.ops.count("attention")
 
     monkeypatch.setattr(Belief, "draw", likes_attention)
     tasks = bred(dataclasses.replace(S, prescreen=20, repeats=1), first_generation())
     once_more = evolve.ROUNDS - 1  # the best so far, beside those that were bred from it
     assert [len(litter) for litter in litters] == [20 + once_more] * 6, "each place has a draw of its own"
     for task, litter in zip(tasks, litters, strict=True):
-        chosen = evolve.parts(task.genome, VOCAB)
-        often = [p.get(("attention", "times"), 0) for p in litter]
-        assert chosen in litter and chosen.get(("attention", "times"), 0) == max(often)
+        assert task.genome in litter
+        assert task.genome.ops.count("attention") == max(genome.ops.count("attention") for genome in litter)
 
 
 @pytest.mark.parametrize("settings", [dict(strategy="random"), dict(strategy="drift"), dict(prescreen=1)])
@@ -395,10 +437,20 @@ def test_controls_choose_nothing(monkeypatch, settings):
     assert len(bred(dataclasses.replace(S, **{"prescreen": 20, "repeats": 1} | settings), first_generation())) == 6
 
 
-def test_immigrants_are_not_chosen(monkeypatch):
-    monkeypatch.setattr(Belief, "draw", lambda belief, rng: lambda parts: 0.0)
-    settings = dataclasses.replace(S, prescreen=5, repeats=1, immigrants=2)
-    assert [t.operator == "random" for t in bred(settings, first_generation())] == [False] * 4 + [True] * 2
+def test_immigrants_are_chosen_too(monkeypatch):
+    """Of as many random genomes, in one round."""
+    litters = []
+
+    def likes_attention(belief, rng, spread):
+        litters.append([])
+        return lambda genome: litters[-1].append(genome) or -genome.ops.count("attention")
+
+    monkeypatch.setattr(Belief, "draw", likes_attention)
+    tasks = bred(dataclasses.replace(S, prescreen=20, repeats=1, immigrants=2), first_generation())
+    assert [t.operator == "random" for t in tasks] == [False] * 4 + [True] * 2
+    for task, litter in zip(tasks[4:], litters[4:], strict=True):
+        assert len(litter) == 20 and task.genome in litter
+        assert task.genome.ops.count("attention") == max(genome.ops.count("attention") for genome in litter) > 0
 
 
 HELPFUL = {"conv": (2, 3), "values": ("embedding",), "exclusive": (True,), "gating": ("output",), "heads": (4,)}
