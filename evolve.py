@@ -2231,8 +2231,8 @@ LIKENESS = 0.05  # of what is no sum of parts, and shared by genomes as far as t
 MISFIT = 0.01  # of what is neither, and each genome's own
 LEVEL = 0.3  # of the level of all scores
 NOISE = 0.0025  # of an evaluation
-SPREAD = 0.3  # of a draw, as a share of what is believed; 0: what is expected, and nothing new would be tried
-NEAR = 0.06  # above the best, from where on scores count by their logarithm: see `squeezed`
+SPREAD = 0.3  # of a draw, times the posterior's deviation; 0: the mean, by which nothing new is worth trying
+NEAR = 0.06  # above the best, about where scores begin to count by their logarithm: see `squeezed`
 ROUNDS = 5  # in which PRESCREEN children are bred: in the first from parents, then from the best child so far
 
 
@@ -2241,8 +2241,8 @@ def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
     """What a network consists of, by name, each on a scale on which it may be worth about as much as the others.
 
     Ops and how often they stand there; choices of traits that are not the usual ones; pairs of ops in a row, norms
-    aside; what stands before the first attention; depth, width, size, ops that no residual passes by, ops on means of
-    tokens; and how it is trained.
+    aside; what stands before the first attention; depth, width, size, ops with no residual of their own, ops on means
+    of tokens; and how it is trained.
     """
     found: dict[tuple, float] = {}
     genes = collections.defaultdict(list)
@@ -2270,8 +2270,8 @@ def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
     }
     for name, x in scales.items():
         found[name,], found[name, "squared"] = x, 0.5 * x * x
-    bare = [node for node in genome.network if node.skip is None and node.gene.op not in ("norm", "identity")]
-    found["bare",] = float(len(bare))
+    alone = [node for node in genome.network if node.skip is None and node.gene.op not in ("norm", "identity")]
+    found["no residual",] = float(len(alone))
     found["narrowest",] = math.log2(min([genome.embed_dim, *(node.d_out for node in genome.network)]) / 256)
     found["strided",] = float(sum(node.gene.stride > 1 for node in genome.network))
     found["size",] = math.log2(genome.num_params(vocab_size) / 5e6)
@@ -2281,12 +2281,14 @@ def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
 
 @functools.lru_cache(maxsize=5_000)
 def pieces(genome: Genome) -> tuple:
-    """What is compared where two networks are: each gene as it is, and each two ops in a row, numbered where the same
-    comes again."""
+    """What is compared where two networks are: each gene as it is, each two ops in a row, and the genome's own traits;
+    with a number each, so that what stands there twice is two pieces."""
     genes = [node.gene for node in genome.network]
-    found = [*genes, *itertools.pairwise(["", *genome.ops]), (genome.embed_dim, genome.tied, genome.lr_factor)]
-    times: collections.Counter = collections.Counter()
-    return tuple((piece, times.update([piece]) or times[piece]) for piece in found)
+    numbered, times = [], collections.Counter()
+    for piece in (*genes, *itertools.pairwise(["", *genome.ops]), (genome.embed_dim, genome.tied, genome.lr_factor)):
+        times[piece] += 1
+        numbered.append((piece, times[piece]))
+    return tuple(numbered)
 
 
 class Evidence(NamedTuple):
@@ -2299,8 +2301,8 @@ class Evidence(NamedTuple):
 
 
 def squeezed(score: float, best: float) -> float:
-    """Bits per byte, as they are near the best, and by their logarithm far above it: what is bad says of what, but a
-    network at 2.3 must not count for more than all differences between good ones."""
+    """Bits per byte, as they are near the best, and by their logarithm far above it: a bad network says which parts are
+    bad, but one at 2.3 must not count for more than all differences between good ones."""
     return best + NEAR * math.log1p(max(0.0, score - best) / NEAR)
 
 
@@ -2308,7 +2310,7 @@ def evidence(rows: list[Result], settings: Settings) -> list[Evidence]:
     """What the search has shown so far; in an order that does not depend on which evaluation ended first.
 
     Who was stopped at the hurdle is taken at what its outlook says there: a line through the others' scores. What
-    diverged counts as a bit per byte above the best, as far as it counts.
+    diverged counts as a bit per byte above the best. All scores are squeezed.
     """
     rows = sorted(of_stage(rows, "search"), key=lambda row: (in_order(row.id), row.seed))
     scored = [row for row in rows if row.status == "ok"]
@@ -2318,28 +2320,30 @@ def evidence(rows: list[Result], settings: Settings) -> list[Evidence]:
 
     @functools.cache
     def line(tenth: int) -> tuple[float, float, float] | None:
-        return line_at(tenth, scored, settings)
+        return line_at(tenth, scored, best, settings)
 
     for row in rows:
-        score, noise = row.val_bpb, NOISE
+        score, noise = None, NOISE
+        if row.status == "ok":
+            score = squeezed(row.val_bpb, best)
         if row.status == "diverged":
-            score, noise = best + 1, NEAR
+            score, noise = squeezed(best + 1, best), NEAR
         if row.status == "stopped" and (known := line(row.whole_tenth)):
             slope, level, noise = known
             at = outlook(row.loss_of(row.whole_tenth), row.tokens_per_s or 1, settings)
             score = max(best, level + slope * at)  # who was stopped is not the best
         if score is not None:
-            found.append(Evidence(row.id, Genome.from_json(row.genome), squeezed(score, best), noise))
+            found.append(Evidence(row.id, Genome.from_json(row.genome), score, noise))
     return found
 
 
-def line_at(tenth: int, scored: list[Result], settings: Settings) -> tuple[float, float, float] | None:
-    """How scores go with the outlook after a tenth: slope and level of a line, and what they are off it.
+def line_at(tenth: int, scored: list[Result], best: float, settings: Settings) -> tuple[float, float, float] | None:
+    """How squeezed scores go with the outlook after a tenth: slope and level of a line, and what they are off it.
 
     None where too few are known.
     """
     known = [(outlook(r.loss_of(tenth), r.tokens_per_s or 1, settings), r.val_bpb) for r in scored] if tenth else []
-    known = [(x, y) for x, y in known if x < math.inf]
+    known = [(x, squeezed(y, best)) for x, y in known if x < math.inf]
     if len({x for x, _ in known}) < 3:
         return None
     slope, level = statistics.linear_regression(*zip(*known, strict=True))
@@ -2449,8 +2453,8 @@ def best_bred(
 ) -> Newborn:
     """The child of n with the least score, bred in rounds: each but the first from the best so far."""
     best, rounds = None, min(rounds, n)
-    for _ in range(rounds):
-        litter = [bred(best) for _ in range(n // rounds)]
+    for k in range(rounds):
+        litter = [bred(best) for _ in range(n * k // rounds, n * (k + 1) // rounds)]
         best = min([*litter, *([best] if best else [])], key=lambda child: score(child.genome))
     return best
 
@@ -2480,26 +2484,25 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
                 return child
         raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
 
+    def child(who: Draw | None, best: Newborn | None = None) -> Newborn:
+        return new(lambda: child_of(who, settings, rng, best))
+
     newcomers = settings.population_size - len(repeats)
     for n in range(newcomers):
-        parents = None if n >= newcomers - settings.immigrants else draw
+        who = None if n >= newcomers - settings.immigrants else draw
         if generation == 0 and n < len(settings.start):
-            child = Newborn(settings.start[n], "start", ())
+            born = Newborn(settings.start[n], "start", ())
         elif belief is None:
-            child = new(functools.partial(child_of, parents, settings, rng))
+            born = child(who)
         else:
-            bred = functools.partial(child_of, parents, settings, rng)
             score = belief.draw(np.random.default_rng(rng.getrandbits(64)), SPREAD)
-            rounds = ROUNDS if parents else 1
-            child = best_bred(settings.prescreen, rounds, lambda best, bred=bred: new(lambda: bred(best)), score)
-        met.add(child.genome.key)
+            born = best_bred(settings.prescreen, ROUNDS if who else 1, functools.partial(child, who), score)
+        met.add(born.genome.key)
         spared = rng.random() < settings.hurdle_sample
-        is_immigrant = child.operator == "random" and settings.strategy != "random"
+        is_immigrant = born.operator == "random" and settings.strategy != "random"
         limits = dict(hurdle=() if is_immigrant else hurdle, spared=spared)
         name = f"g{generation}.{n + 1:02d}"
-        tasks.append(
-            Task("search", name, child.genome, seed, base, generation, child.parents, child.operator, **limits)
-        )
+        tasks.append(Task("search", name, born.genome, seed, base, generation, born.parents, born.operator, **limits))
     return tasks
 
 

@@ -56,9 +56,12 @@ def normal(*what) -> float:
 def fitted() -> tuple[dict[tuple, tuple[float, float, float]], float, float]:
     """What a ridge regression says of the parts in the records, scores squeezed: the weight of each, the least and the
     most of it that was seen; the level, and the best score."""
-    root, settings, seen = Path(__file__).resolve().parent.parent, evolve.Settings(time_budget=5.0), []
-    for name in RECORDS:
-        seen += evolve.evidence(evolve.read_results((root / name).read_bytes())[2], settings)
+    root, rows = Path(__file__).resolve().parent.parent, []
+    for k, name in enumerate(RECORDS):  # as one record, with one best score
+        rows += [
+            dataclasses.replace(row, id=f"{row.id}.{k}") for row in evolve.read_results((root / name).read_bytes())[2]
+        ]
+    seen = evolve.evidence(rows, evolve.Settings(time_budget=5.0))
     known = [evolve.parts(evidence.genome, VOCAB) for evidence in seen]
     names = list(dict.fromkeys(name for found in known for name in found))
     X = np.array([[found.get(name, 0.0) for name in names] for found in known])
@@ -68,7 +71,9 @@ def fitted() -> tuple[dict[tuple, tuple[float, float, float]], float, float]:
 
 
 def pieces(genome: Genome) -> list[int]:
-    """A number for each gene, each two in a row, and each op; for the second of the same another one."""
+    """A number for each gene, each two in a row, and each op; for the second of the same another one. Not quite
+    evolve.pieces: the search should not know by what a landscape is made.
+    """
     genes = [repr(node.gene) for node in genome.network]
     found = [*genes, *itertools.pairwise(["", *genes]), *genome.ops, (genome.embed_dim, genome.tied, genome.lr_factor)]
     return [hashed(piece, found[:i].count(piece)) for i, piece in enumerate(found)]
@@ -169,7 +174,7 @@ def run(arm: str, seed: int, generations: int) -> dict[str, float]:
 def foretold(name: str) -> tuple[float, float | None, int]:
     """Rank correlation of newcomers' scores in a record with what was to be expected of them before their generation,
     by the belief and by the mean score of their parents: a mean over generations, weighted; and of how many newcomers.
-    Who was stopped counts with what its outlook says; random genomes only where there are no others.
+    Who was stopped counts with what its outlook says; random genomes only where there are no others, and no parents.
     """
     settings = evolve.Settings(time_budget=5.0)
     rows = evolve.of_stage(
@@ -185,7 +190,7 @@ def foretold(name: str) -> tuple[float, float | None, int]:
         expect = evolve.Belief(evolve.evidence(earlier, settings), VOCAB).draw(np.random.default_rng(0), 0.0)
         scores = [score_of[row.id] for row in new]
         by_belief = evolve.rank_correlation([expect(Genome.from_json(row.genome)) for row in new], scores)
-        parents = [statistics.fmean(means[p] for p in row.parents.split(",")) for row in new] if bred else scores[:0]
+        parents = [statistics.fmean(means[p] for p in row.parents.split(",")) for row in new] if bred else []
         by_parents = evolve.rank_correlation(parents, scores) if bred else 0.0
         found += [(by_belief, by_parents, len(new))] if None not in (by_belief, by_parents) else []
     total = sum(n for *_, n in found)
@@ -221,6 +226,7 @@ def main():
                 flush=True,
             )
         return
+    fitted()  # before an arm changes constants; the processes get it by being forked
     first = None
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:

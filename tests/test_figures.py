@@ -1,6 +1,7 @@
 """Are the figures that README.md and runs/README.md quote those of the records and logs beside them?"""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,44 @@ def test_the_finals_are_those_of_the_records():
     tables = section(RUNS, "The finals") + section(RUNS, "The transformers")
     quoted = re.findall(r"\| (1\.\d{4} ± 0\.\d{4}) \| (1\.\d{4} ± 0\.\d{4}) \|", tables)
     assert len(quoted) == 14 and set(quoted) <= reached
+
+
+def test_the_table_of_the_frame_is_that_of_the_logs():
+    rows = [
+        line.split(" | ") for line in section(RUNS, "Speed").splitlines() if line.startswith(("| commit", "| three"))
+    ]
+    compared, framed = log("compare-h200.log").split("\nafter"), log("speed-frame-h200.log").split("\nafter")
+    for row, logs in zip(rows, ((compared[0],), (framed[0],), (framed[1], compared[1])), strict=True):
+        text = "\n".join(logs)
+        frames = re.findall(r"^    frame ([\d.]+),", text, re.MULTILINE) or re.findall(
+            r"^frame: ([\d.]+) ms", text, re.MULTILINE
+        )
+        assert all(any(abs(float(quoted) - float(ms)) < 0.0061 for ms in frames) for quoted in row[1][:-3].split(", "))
+        assert row[2].split(", ") == re.findall(r"ratio ([\d.]+)", text)
+        winner = re.findall(
+            r"best_genome.json: [\d.]+, ([\d.]+) M|^winner: [\d.]+ ms, [\d.]+ ([\d.]+) ", text, re.MULTILINE
+        )
+        assert row[3].removesuffix(" M tokens/s").split(", ") == [f"{float(a or b):.2f}" for a, b in winner]
+        for k, name in enumerate(("winner", "transformer-6x256")):
+            if scores := re.findall(rf"^{name} 10 s: ([\d. ]+) \d+ MiB", text, re.MULTILINE):
+                assert row[4].split(", ")[k] == f"{statistics.fmean(map(float, scores[0].split())):.4f}"
+                (peak,) = re.findall(rf"^{name}: .* peak ([\d.]+) GiB", text, re.MULTILINE)
+                assert row[5].removesuffix(" GiB |").split(", ")[k] == peak
+
+
+def test_what_inheritance_is_worth_is_what_the_log_says():
+    quoted = re.findall(
+        r"0\.\d\d \(0\.\d\d to 0\.\d\d\)", section(RUNS, "Do inherited weights tell more than a short trial?")
+    )
+    assert quoted == re.findall(r"0\.\d\d \(0\.\d\d to 0\.\d\d\)", log("inherit-h200.log"))
+
+
+def test_the_pair_of_runs_is_that_of_the_records():
+    text = section(RUNS, "Which search finds most")
+    for prescreen, quoted in (("1", r"PRESCREEN 1 the best"), ("50", r"with 50 it has")):
+        header, _, rows = evolve.read_results(
+            (ROOT / "runs" / "pair-5s" / f"prescreen{prescreen}" / "results.tsv").read_bytes()
+        )
+        assert str(header["prescreen"]) == prescreen and len(rows) == 144
+        best = evolve.searched(rows)[0]
+        assert re.search(rf"{quoted}\D*(?:144 evaluations has )?{best.mean:.4f} \(mean of {best.tried}\)", text)

@@ -82,10 +82,9 @@ def test_the_kernels_compile_and_fit_on_cards_that_are_not_here(card, dtype, mon
     monkeypatch.setattr(g, "tl", importlib.import_module("triton.language"))
     types = dict.fromkeys(("x", "matrix", "gradient"), f"*{dtype}") | dict.fromkeys(("sums", "nats", "totals"), "*fp32")
     types |= {"targets": "*i64"} | dict.fromkeys(("n", "vocab_size", "tiles"), "i32")
-    for function, size in (
-        (g.gradient_of_all, g.tile_size(torch.float32 if dtype == "fp32" else torch.bfloat16)),
-        (g.gradient_of_targets, g.strip_size(64)),
-    ):
+    tile = g.tile_size(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    strip = g.strip_size(8_192 // tile["WORDS"])
+    for function, size in ((g.gradient_of_all, tile), (g.gradient_of_targets, strip)):
         kernel, options = triton.jit(function), {k: v for k, v in size.items() if k.islower()}
         fixed = {"d": 256, **{k: v for k, v in size.items() if k.isupper()}}
         source = compiler.ASTSource(kernel, {k: types.get(k, "constexpr") for k in kernel.arg_names}, fixed)

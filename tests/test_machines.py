@@ -37,9 +37,9 @@ from genome import Gene, Genome, Op
 ROOT = Path(evolve.__file__).parent
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 TINY = dict(
-    population_size=4, survivors=2, immigrants=1, max_generations=3, token_budget=1024, batch_tokens=256,
-    seq_len=32, eval_tokens=1024, max_params=10**7, hurdle=1.0, repeats=3, baseline_trials=1, finalists=1,
-    final_seeds=2, long_seeds=0, workers=1,
+    population_size=4, survivors=2, immigrants=1, max_generations=3, token_budget=1024, batch_tokens=256, seq_len=32,
+    eval_tokens=1024, max_params=10**7, hurdle=1.0, repeats=3, baseline_trials=1, finalists=1, final_seeds=2,
+    long_seeds=0, workers=1,
 )  # fmt: skip
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 NET = Genome((Gene("norm"), Gene("conv1d", 64, skip=2)), embed_dim=64)
