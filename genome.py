@@ -1613,7 +1613,7 @@ def gradient_of_all(
     Capped logits need no maximum taken off before their exponentials, e = exp(capped - CAP). Stored are those times the
     slope of the cap, gradient (n, vocab_size), and summed over the words of each tile, sums (tiles, n) float32.
     """
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     is_row, is_word = (row < n)[:, None], (word < vocab_size)[None, :]
     logits = tl.zeros((ROWS, WORDS), tl.float32)
@@ -1625,7 +1625,7 @@ def gradient_of_all(
     tanh = 1 - 2 / (tl.exp(logits * (2 / CAP)) + 1)
     e = tl.where(is_word, tl.exp(CAP * tanh - CAP), 0.0)
     tl.store(sums + tl.program_id(0) * n + row, tl.sum(e, 1), mask=row < n)
-    at = gradient + row[:, None] * vocab_size + word[None, :]
+    at = gradient + row[:, None].to(tl.int64) * vocab_size + word[None, :]
     tl.store(at, (e * (1 - tanh * tanh)).to(gradient.dtype.element_ty), mask=is_row & is_word)
 
 
@@ -1635,7 +1635,7 @@ def gradient_of_targets(
 ):  # fmt: skip
     """A Triton kernel, the second: totals (n,) of sums over tiles, nats (n,), and the gradient at the targets (n,), for
     which the total is taken off e."""
-    row, tile = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILES)
+    row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TILES)
     is_row = row < n
     is_sum = (tile < tiles)[:, None] & is_row[None, :]
     total = tl.sum(tl.load(sums + tile[:, None] * n + row[None, :], mask=is_sum, other=0.0), 0)
@@ -1651,7 +1651,7 @@ def gradient_of_targets(
     less = tl.exp(CAP * tanh - CAP) - total
     tl.store(nats + row, tl.log(total) + CAP - CAP * tanh, mask=is_row)
     tl.store(totals + row, total, mask=is_row)
-    at = gradient + row * vocab_size + target
+    at = gradient + row.to(tl.int64) * vocab_size + target
     tl.store(at, (less * (1 - tanh * tanh)).to(gradient.dtype.element_ty), mask=is_row)
 
 
