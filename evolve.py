@@ -2473,9 +2473,9 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
     belief = Belief(evidence(earlier, settings), vocab_size) if chooses else None
     met = {row.key for row in earlier}
 
-    def new(make: Callable[[], Newborn]) -> Newborn:
+    def new(who: Draw | None, best: Newborn | None = None) -> Newborn:
         for _ in range(100_000):
-            child = make()
+            child = child_of(who, settings, rng, best)
             if (
                 is_small(child.genome, settings, vocab_size)
                 and child.genome.mixes_tokens
@@ -2484,19 +2484,16 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
                 return child
         raise Stop(f"No new genome under MAX_PARAMS = {settings.max_params:,} was found; raise it")
 
-    def child(who: Draw | None, best: Newborn | None = None) -> Newborn:
-        return new(lambda: child_of(who, settings, rng, best))
-
     newcomers = settings.population_size - len(repeats)
     for n in range(newcomers):
         who = None if n >= newcomers - settings.immigrants else draw
         if generation == 0 and n < len(settings.start):
             born = Newborn(settings.start[n], "start", ())
         elif belief is None:
-            born = child(who)
+            born = new(who)
         else:
             score = belief.draw(np.random.default_rng(rng.getrandbits(64)), SPREAD)
-            born = best_bred(settings.prescreen, ROUNDS if who else 1, functools.partial(child, who), score)
+            born = best_bred(settings.prescreen, ROUNDS if who else 1, functools.partial(new, who), score)
         met.add(born.genome.key)
         spared = rng.random() < settings.hurdle_sample
         is_immigrant = born.operator == "random" and settings.strategy != "random"

@@ -52,15 +52,18 @@ def normal(*what) -> float:
     return random.Random(hashlib.sha256(repr(what).encode()).digest()).gauss(0, 1)
 
 
+def rows_of(name: str) -> list[evolve.Result]:
+    """The rows of a record, by its path in this repository."""
+    return evolve.read_results((Path(__file__).resolve().parent.parent / name).read_bytes())[2]
+
+
 @functools.cache
 def fitted() -> tuple[dict[tuple, tuple[float, float, float]], float, float]:
     """What a ridge regression says of the parts in the records, scores squeezed: the weight of each, the least and the
     most of it that was seen; the level, and the best score."""
-    root, rows = Path(__file__).resolve().parent.parent, []
+    rows = []
     for k, name in enumerate(RECORDS):  # as one record, with one best score
-        rows += [
-            dataclasses.replace(row, id=f"{row.id}.{k}") for row in evolve.read_results((root / name).read_bytes())[2]
-        ]
+        rows += [dataclasses.replace(row, id=f"{row.id}.{k}") for row in rows_of(name)]
     seen = evolve.evidence(rows, evolve.Settings(time_budget=5.0))
     known = [evolve.parts(evidence.genome, VOCAB) for evidence in seen]
     names = list(dict.fromkeys(name for found in known for name in found))
@@ -177,9 +180,7 @@ def foretold(name: str) -> tuple[float, float | None, int]:
     Who was stopped counts with what its outlook says; random genomes only where there are no others, and no parents.
     """
     settings = evolve.Settings(time_budget=5.0)
-    rows = evolve.of_stage(
-        evolve.read_results((Path(__file__).resolve().parent.parent / name).read_bytes())[2], "search"
-    )
+    rows = evolve.of_stage(rows_of(name), "search")
     score_of = {e.id: e.score for e in reversed(evolve.evidence(rows, settings))}
     bred, found = any(row.parents for row in rows), []
     for generation in range(2, max(row.generation for row in rows) + 1):

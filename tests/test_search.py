@@ -415,14 +415,20 @@ def first_generation(n: int = 6) -> list[Result]:
     return [row(f"g0.{i:02d}", genome, 1.3 + i / 100) for i, genome in enumerate(some(n))]
 
 
-def test_the_child_that_the_draw_likes_best_is_trained(monkeypatch):
-    litters = []
+@pytest.fixture
+def litters(monkeypatch) -> list[list[Genome]]:
+    """What each draw was asked about; draws like attention."""
+    asked = []
 
     def likes_attention(belief, rng, spread):
-        litters.append([])
-        return lambda genome: litters[-1].append(genome) or -genome.ops.count("attention")
+        asked.append([])
+        return lambda genome: asked[-1].append(genome) or -genome.ops.count("attention")
 
     monkeypatch.setattr(Belief, "draw", likes_attention)
+    return asked
+
+
+def test_the_child_that_the_draw_likes_best_is_trained(litters):
     tasks = bred(dataclasses.replace(S, prescreen=20, repeats=1), first_generation())
     once_more = evolve.ROUNDS - 1  # the best so far, beside those that were bred from it
     assert [len(litter) for litter in litters] == [20 + once_more] * 6, "each place has a draw of its own"
@@ -437,15 +443,8 @@ def test_controls_choose_nothing(monkeypatch, settings):
     assert len(bred(dataclasses.replace(S, **{"prescreen": 20, "repeats": 1} | settings), first_generation())) == 6
 
 
-def test_immigrants_are_chosen_too(monkeypatch):
+def test_immigrants_are_chosen_too(litters):
     """Of as many random genomes, in one round."""
-    litters = []
-
-    def likes_attention(belief, rng, spread):
-        litters.append([])
-        return lambda genome: litters[-1].append(genome) or -genome.ops.count("attention")
-
-    monkeypatch.setattr(Belief, "draw", likes_attention)
     tasks = bred(dataclasses.replace(S, prescreen=20, repeats=1, immigrants=2), first_generation())
     assert [t.operator == "random" for t in tasks] == [False] * 4 + [True] * 2
     for task, litter in zip(tasks[4:], litters[4:], strict=True):
