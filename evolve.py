@@ -2224,7 +2224,7 @@ def hurdle_after(earlier: list[Result], settings: Settings) -> tuple[float, ...]
 
 
 # What is tried. The space is wide and an evaluation is dear, but a child costs a millisecond: for each place many are
-# bred, and the record, so far as it goes, is asked which of them to breed on from, and in the end which one to train.
+# bred, and the record, so far as it goes, is asked which one to train.
 
 WEIGHT = 0.025  # bits per byte that a part is worth, before anything is known of it: a standard deviation, as all below
 LIKENESS = 0.05  # of what is no sum of parts, and shared by genomes as far as they are alike
@@ -2233,7 +2233,6 @@ LEVEL = 0.3  # of the level of all scores
 NOISE = 0.0025  # of an evaluation
 SPREAD = 0.3  # of a draw, times the posterior's deviation; 0: the mean, by which nothing new is worth trying
 NEAR = 0.06  # above the best, about where scores begin to count by their logarithm: see `squeezed`
-ROUNDS = 5  # in which PRESCREEN children are bred: in the first from parents, then from the best child so far
 
 
 @functools.lru_cache(maxsize=5_000)
@@ -2428,11 +2427,8 @@ class Newborn(NamedTuple):
     parents: tuple[str, ...]
 
 
-def child_of(draw: Draw | None, settings: Settings, rng: random.Random, bred: Newborn | None = None) -> Newborn:
-    """A child of one parent or of two that are drawn, or of none; or one that was bred already, changed further."""
-    if bred:
-        genome, operator = mutate(bred.genome, rng, settings.mutation_rate)
-        return Newborn(genome, f"{bred.operator}+{operator}", bred.parents)
+def child_of(draw: Draw | None, settings: Settings, rng: random.Random) -> Newborn:
+    """A child of one parent or of two that are drawn; without a draw a random genome."""
     if draw is None:
         return Newborn(random_genome(rng), "random", ())
     parent = draw(rng)
@@ -2446,17 +2442,6 @@ def child_of(draw: Draw | None, settings: Settings, rng: random.Random, bred: Ne
             return Newborn(genome, operator, (parent.id, other.id))
     genome, operator = mutate(parent.genome, rng, settings.mutation_rate)
     return Newborn(genome, operator, (parent.id,))
-
-
-def best_bred(
-    n: int, rounds: int, bred: Callable[[Newborn | None], Newborn], score: Callable[[Genome], float]
-) -> Newborn:
-    """The child of n with the least score, bred in rounds: each but the first from the best so far."""
-    best, rounds = None, min(rounds, n)
-    for k in range(rounds):
-        litter = [bred(best) for _ in range(n * k // rounds, n * (k + 1) // rounds)]
-        best = min([*litter, *([best] if best else [])], key=lambda child: score(child.genome))
-    return best
 
 
 def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: int) -> list[Task]:
@@ -2473,9 +2458,9 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
     belief = Belief(evidence(earlier, settings), vocab_size) if chooses else None
     met = {row.key for row in earlier}
 
-    def new(who: Draw | None, best: Newborn | None = None) -> Newborn:
+    def new(who: Draw | None) -> Newborn:
         for _ in range(100_000):
-            child = child_of(who, settings, rng, best)
+            child = child_of(who, settings, rng)
             if (
                 is_small(child.genome, settings, vocab_size)
                 and child.genome.mixes_tokens
@@ -2493,7 +2478,7 @@ def breed(rows: list[Result], generation: int, settings: Settings, vocab_size: i
             born = new(who)
         else:
             score = belief.draw(np.random.default_rng(rng.getrandbits(64)), SPREAD)
-            born = best_bred(settings.prescreen, ROUNDS if who else 1, functools.partial(new, who), score)
+            born = min((new(who) for _ in range(settings.prescreen)), key=lambda born, score=score: score(born.genome))
         met.add(born.genome.key)
         spared = rng.random() < settings.hurdle_sample
         is_immigrant = born.operator == "random" and settings.strategy != "random"

@@ -43,7 +43,7 @@ ROOM = 0.08  # below the best of the records, which nothing can use up
 PAIRS = 6
 HELP, HARM = 0.010, 0.008  # standard deviations of what a planted part gains or costs
 HELPS, HARMS = 0.2, 0.4  # shares of those that gain and that cost something
-CHANGES = ("ROUNDS", "WEIGHT", "LIKENESS", "MISFIT", "NEAR", "SPREAD")
+CHANGES = ("WEIGHT", "LIKENESS", "MISFIT", "NEAR", "SPREAD")
 USUAL = {name: getattr(evolve, name) for name in CHANGES}  # what an arm may change, beside settings
 
 
@@ -200,7 +200,7 @@ def foretold(name: str) -> tuple[float, float | None, int]:
 
 
 def arm_of(text: str) -> tuple[dict, dict]:
-    """elites repeats=1 ROUNDS=1 -> the settings that it names, and the constants of evolve.py that are no settings."""
+    """elites repeats=1 SPREAD=1 -> the settings that it names, and the constants of evolve.py that are no settings."""
     strategy, *changes = text.split()
     known, settings, constants = evolve.Settings(), {"strategy": strategy}, {}
     for name, value in (change.split("=") for change in changes):

@@ -3055,7 +3055,7 @@ DECIDING = {  # a file, what of it changes, and how
     "what is alike": ("evolve.py", "pieces", '["", *genome.ops]', "genome.ops"),
     "how much a bad score counts": ("evolve.py", "squeezed", "math.log1p(max", "math.sqrt(max"),
     "what is believed before": ("evolve.py", "WEIGHT", "WEIGHT = 0.025", "WEIGHT = 0.02"),
-    "which child is trained": ("evolve.py", "best_bred", "best = min([*litter", "best = max([*litter"),
+    "which child is trained": ("evolve.py", "breed", "born = min((new(who)", "born = max((new(who)"),
     "how operators are drawn": ("genome.py", "LONG", "LONG = 12", "LONG = 16"),
     "a learning rate": ("evolve.py", "MUON_LR", "MUON_LR, MUON_MOMENTUM = 0.02", "MUON_LR, MUON_MOMENTUM = 0.03"),
     "how the momentum rises": ("evolve.py", "MOMENTUM_STEPS", "MOMENTUM_STEPS = 300", "MOMENTUM_STEPS = 200"),
