@@ -12,14 +12,14 @@ soak     100 random genomes at 2 s each through the workers: time outside traini
          below the unigram entropy
 outside  seconds of an evaluation beside its training, by what they go to, on the second genome of each kind
 designs  val_bpb of the named designs after 10 s
-hurdle   children of best_genome.json to their end, by kind: how each tenth of the loss curve ranks them, and whom the
+hurdle   children of the winner to their end, by kind: how each tenth of the loss curve ranks them, and whom the
          hurdle would stop wrongly
 fidelity a dozen unlike genomes at a quarter, a half, one and two times the budget: how one budget ranks for another
-inherit  children of best_genome.json that begin with its weights and train for a third of the budget: does that rank
-         them better than from scratch?
+inherit  children of the winner that begin with its weights and train for a third of the budget: does that rank them
+         better than from scratch?
 anchor   the best baseline of results.tsv once more, with the seed of its first evaluation: is this card as fast as the
          one that the record is of? Ends with an error where it is not
-worth    what each choice of the search space adds to a transformer or to best_genome.json, 10 s, three seeds each
+worth    what each choice of the search space adds to a transformer or to the winner, 10 s, three seeds each
 """
 
 import argparse
@@ -51,6 +51,7 @@ from genome import COMPILED, LEVELS, OPS, Block, Frame, Gene, Genome, compile_pa
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, by the datasheet
 REFERENCE = transformer(6, 256, 2)
+WINNER = Path(__file__).resolve().parent.parent / "runs/seed0-5s/best_genome.json"  # of the first published run
 
 
 def transformers(*sizes: tuple[int, int]) -> dict[str, Genome]:
@@ -263,7 +264,7 @@ def frame(data, settings):
     tokens, vocab, rate = settings.batch_tokens, data.vocab_size, bandwidth()
     print(f"milliseconds of a step of {tokens:,} tokens; in brackets, at {PEAK_FLOPS / 1e12:.0f} TFLOP/s and the "
           f"{rate / 1e12:.2f} TB/s of a copy")  # fmt: skip
-    for name, genome in {"transformer-6x256": REFERENCE, "best_genome.json": the_winner()}.items():
+    for name, genome in {"transformer-6x256": REFERENCE, "winner": the_winner()}.items():
         torch.cuda.reset_peak_memory_stats()
         empty = dataclasses.replace(genome, genes=[Gene("identity")])
         around, around_update, trial = step_times(empty, data, settings)
@@ -398,7 +399,7 @@ def soak(data, settings, n=100):
 def outside(data, settings):
     data = data.to(DEVICE)
     print("seconds beside training: once ready to train, and before, while another one trains")
-    for name, genome in {"transformer-6x256": REFERENCE, "best_genome.json": the_winner()}.items():
+    for name, genome in {"transformer-6x256": REFERENCE, "winner": the_winner()}.items():
         for seed in range(2):  # the first compiles
             times, start = {}, time.perf_counter()
 
@@ -442,8 +443,8 @@ def designs(data, settings):
 
 
 def the_winner() -> Genome:
-    """The genome of best_genome.json."""
-    return next(iter(evolve.read_designs(Path("best_genome.json"), 1.0, 0).values()))
+    """The genome of WINNER."""
+    return next(iter(evolve.read_designs(WINNER, 1.0, 0).values()))
 
 
 def with_interval(a, b, samples=2000) -> str:
@@ -475,7 +476,7 @@ def children_of(parent: Genome, small) -> dict[str, Genome]:
 
 def hurdle(data, settings, share=evolve.HURDLE):
     children = children_of(the_winner(), lambda g: evolve.is_small(g, settings, data.vocab_size))
-    print(f"{len(children)} children of best_genome.json, {settings.time_budget:g} s each, run to the end")
+    print(f"{len(children)} children of the winner, {settings.time_budget:g} s each, run to the end")
     results = []
     for r in evaluated([task_for(g, id=name) for name, g in children.items()], settings, data):
         print(f"  curve {r.losses}", flush=True)
@@ -584,7 +585,7 @@ def in_front(genome: Genome, *genes: Gene) -> Genome:
 def additions() -> dict[str, tuple[Genome, Genome]]:
     """What is added, with the gene that it changes -> a design without it and one with it.
 
-    t4 is a transformer of 4 layers, t4x2 the same layers twice, w the winner of best_genome.json; all with tied heads,
+    t4 is a transformer of 4 layers, t4x2 the same layers twice, w the winner; all with tied heads,
     so that tables have room.
     """
     t4, w = transformer(4, 256, tied=True), dataclasses.replace(the_winner(), tied=True)

@@ -19,11 +19,13 @@ import hashlib
 import itertools
 import math
 import multiprocessing
+import os
 import random
 import statistics
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process for each core
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -32,8 +34,8 @@ import evolve
 from genome import OPS, Genome
 
 VOCAB = 8_192
-PAIRS_OF_RUNS = ("runs/pair-5s/prescreen1/results.tsv", "runs/pair-5s/prescreen50/results.tsv")
-RECORDS = ("results.tsv", "runs/seed1-5s/results.tsv", "runs/random-5s/results.tsv", "runs/drift-5s/results.tsv")
+RECORDS = ("seed0-5s", "seed1-5s", "random-5s", "drift-5s")
+PAIRS_OF_RUNS = [f"pairs-5s/seed{seed}-prescreen{n}" for seed in (11, 12, 13) for n in (1, 50)]
 NOISE = evolve.NOISE  # of an evaluation
 NOISE_AT = {3: 0.012, 5: 0.006}  # of the outlook after so many tenths, beside that
 MISFIT = 0.003  # standard deviation of what no sum explains, and which no two genomes share
@@ -53,8 +55,8 @@ def normal(*what) -> float:
 
 
 def rows_of(name: str) -> list[evolve.Result]:
-    """The rows of a record, by its path in this repository."""
-    return evolve.read_results((Path(__file__).resolve().parent.parent / name).read_bytes())[2]
+    """The rows of a record in runs/."""
+    return evolve.read_results((Path(evolve.__file__).parent / "runs" / name / "results.tsv").read_bytes())[2]
 
 
 @functools.cache
@@ -147,6 +149,7 @@ class Landscape:
 
 
 def run(arm: str, seed: int, generations: int) -> dict[str, float]:
+    fitted()  # before an arm changes constants
     changed, constants = arm_of(arm)
     for name, value in {**USUAL, **constants}.items():
         setattr(evolve, name, value)
@@ -227,10 +230,9 @@ def main():
                 flush=True,
             )
         return
-    fitted()  # before an arm changes constants; the processes get it by being forked
     first = None
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
-    with multiprocessing.get_context("fork").Pool(args.processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for arm in args.arms:
             results = pool.starmap(run, [(arm, seed, args.generations) for seed in range(args.seeds)], chunksize=1)
             scores, means = (

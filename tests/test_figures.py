@@ -28,7 +28,7 @@ def final(folder: Path) -> list[evolve.Standing]:
 
 
 def test_the_result_is_that_of_the_records():
-    ours, theirs = final(ROOT), final(ROOT / "runs" / "random-5s")
+    ours, theirs = final(ROOT / "runs/seed0-5s"), final(ROOT / "runs/random-5s")
     baseline = next(s for s in ours if evolve.family_of(s.id))
     for standing, words in ((ours[0], "evolution: "), (baseline, "transformers"), (theirs[0], "random search")):
         (line,) = [line for line in section(README, "What was found").splitlines() if words in line and line[0] == "|"]
@@ -37,7 +37,7 @@ def test_the_result_is_that_of_the_records():
 
 
 def test_the_console_in_the_readme_is_that_of_the_record():
-    rows = evolve.read_results((ROOT / "results.tsv").read_bytes())[2]
+    rows = evolve.read_results((ROOT / "runs/seed0-5s/results.tsv").read_bytes())[2]
     known = {" ".join(evolve.result_text(row).split()) for row in rows}
     shown = section(README, "What you see, and what you read in the morning")
     for line in re.findall(r"^    (g\d+\.\d+ .*)$", shown, re.MULTILINE):
@@ -100,7 +100,7 @@ def test_two_rows_of_the_table_of_ops_say_what_tables_are_worth():
 
 
 def test_the_finals_are_those_of_the_records():
-    folders = (ROOT, *(path.parent for path in (ROOT / "runs").glob("*/results.tsv")))
+    folders = [path.parent for path in (ROOT / "runs").glob("*/results.tsv")]
     reached = {(str(s.test), str(s.val)) for folder in folders for s in final(folder)}
     tables = section(RUNS, "The finals") + section(RUNS, "The transformers")
     quoted = re.findall(r"\| (1\.\d{4} ± 0\.\d{4}) \| (1\.\d{4} ± 0\.\d{4}) \|", tables)
@@ -141,7 +141,7 @@ def test_the_pair_of_runs_is_that_of_the_records():
     text = section(RUNS, "Which search finds most")
     for prescreen, quoted in (("1", r"PRESCREEN 1 the best"), ("50", r"with 50 it has")):
         header, _, rows = evolve.read_results(
-            (ROOT / "runs" / "pair-5s" / f"prescreen{prescreen}" / "results.tsv").read_bytes()
+            (ROOT / "runs" / "pairs-5s" / f"seed11-prescreen{prescreen}" / "results.tsv").read_bytes()
         )
         assert str(header["prescreen"]) == prescreen and len(rows) == 144
         best = evolve.searched(rows)[0]

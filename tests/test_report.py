@@ -588,7 +588,7 @@ def test_of_many_operators_the_first_two_are_shown():
 
 def test_the_report_of_the_published_run(tmp_path, capsys):
     """Without data and with another code; its figures are those of README.md."""
-    shutil.copy(ROOT / "results.tsv", tmp_path)
+    shutil.copy(ROOT / "runs/seed0-5s/results.tsv", tmp_path)
     for name in ("random-5s", "seed1-5s"):
         shutil.copytree(ROOT / "runs" / name, tmp_path / "runs" / name)
     assert evolve.main(["--report", str(tmp_path)]) == 0 and "of 307 evaluations" in capsys.readouterr().out
