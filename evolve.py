@@ -25,6 +25,7 @@ if sys.platform == "win32":
 
 import argparse
 import ast
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -349,6 +350,11 @@ class Result:
     def is_newcomer(self) -> bool:
         """Whether a genome of the search is evaluated for the first time."""
         return self.stage == "search" and self.operator != "repeat"
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the device that it took."""
+        return (self.seconds or 0) + (self.outside or 0)
 
     evaluation = Task.evaluation
 
@@ -1453,7 +1459,7 @@ class RayPool:
             say(f"{address} takes no part: {why}")
         self.left_out[m.node] = why
 
-    def run(self, tasks: Iterable[Task], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
+    def run(self, tasks: Iterable[Task | None], tick: Callable[[], None] = lambda: None) -> Iterator[Result]:
         """Yield the results of tasks as they come; calls tick twice a second or more."""
         todo, lost = collections.deque(), collections.Counter()
         source, before = iter(tasks), time.monotonic()
@@ -1826,7 +1832,6 @@ SEEDS = 100_000  # of evaluations, for one SEED: from 0 for the search and the b
 FINAL, LONG = SEEDS // 2, SEEDS * 3 // 4  # from here for the final and for its second step
 ABLATION = SEEDS * 7 // 8  # and from here for what --ablate asks for
 LINE = 5  # sizes that the tuning of a family begins with
-GROWN = 2  # steps at most by which a finalist grows for the long final
 TARGET_AT = (0.25, 0.375, 0.5, 0.75)  # shares of the budget at which the winner is scored, for the time that it needs
 
 
@@ -2309,7 +2314,7 @@ def evidence(rows: list[Result], settings: Settings) -> list[Evidence]:
     """What the search has shown so far; in an order that does not depend on which evaluation ended first.
 
     Who was stopped at the hurdle is taken at what its outlook says there: a line through the others' scores. What
-    diverged counts as a bit per byte above the best. All scores are squeezed.
+    diverged or failed counts as a bit per byte above the best. All scores are squeezed.
     """
     rows = sorted(of_stage(rows, "search"), key=lambda row: (in_order(row.id), row.seed))
     scored = [row for row in rows if row.status == "ok"]
@@ -2325,9 +2330,9 @@ def evidence(rows: list[Result], settings: Settings) -> list[Evidence]:
         score, noise = None, NOISE
         if row.status == "ok":
             score = squeezed(row.val_bpb, best)
-        if row.status == "diverged":
+        elif row.status not in ("stopped", "stalled"):
             score, noise = squeezed(best + 1, best), NEAR
-        if row.status == "stopped" and (known := line(row.whole_tenth)):
+        elif row.status == "stopped" and (known := line(row.whole_tenth)):
             slope, level, noise = known
             at = outlook(row.loss_of(row.whole_tenth), row.tokens_per_s or 1, settings)
             score = max(best, level + slope * at)  # who was stopped is not the best
@@ -2581,8 +2586,8 @@ def growth(genome: Genome, times: int, settings: Settings, vocab_size: int) -> G
 def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """One evaluation each at LONG_FACTOR times the budget, to choose who takes part in the long final.
 
-    The best design of each family as it is, and grown one step at a time until one more is no better or does not fit;
-    the finalists as they were found, and grown once and twice.
+    The finalists and the best design of each family as they are, and grown one step at a time until one more is no
+    better or does not fit.
     """
     if not settings.long_seeds or first_two(rows, settings, vocab_size) is None:
         return []
@@ -2597,8 +2602,8 @@ def grow_evaluations(rows: list[Result], settings: Settings, vocab_size: int) ->
                 return
             yield Task("grow", f"{c.id}+{times}", genome, seed, seed, parents=(c.id,), budget=settings.long_factor)
 
-    tasks = [task for c in finalists(rows, settings) for task in itertools.islice(sizes(c), 1 + GROWN)]
-    for c in best_baselines(rows):
+    tasks = []
+    for c in [*finalists(rows, settings), *best_baselines(rows)]:
         best = math.inf
         for task in sizes(c):
             tasks.append(task)
@@ -2798,8 +2803,6 @@ def outcome(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
     too_large, tried = {}, {task.id for task in grow_evaluations(rows, settings, vocab_size)}
     for c in [*finalists(rows, settings), *best_baselines(rows)] if long else ():
         times = next(n for n in itertools.count(1) if f"{c.id}+{n}" not in tried)
-        if times > GROWN and not family_of(c.id):
-            continue
         try:
             growth(c.genome, times, settings, vocab_size)
         except GenomeError as error:
@@ -3054,6 +3057,21 @@ def picture(rows: list[Result], title: str, controls: Controls, o: Outcome, sett
     return buffer.getvalue()
 
 
+def clocked(rows: list[Result]) -> list[tuple[float, Result]]:
+    """The search, each row with the seconds on the device that it had taken by then."""
+    search = of_stage(rows, "search")
+    return list(zip(itertools.accumulate(row.spent for row in search), search, strict=True))
+
+
+def as_long(rows: list[Result], other: list[Result]) -> list[Result]:
+    """The search of another run, each row in the generation in which this one had taken as long; what is later is left
+    out. A control that stops more of its newcomers gets further in its own generations."""
+    ends = {row.generation: seconds for seconds, row in clocked(rows)}
+    generations, seconds = list(ends), list(ends.values())
+    at = [(bisect.bisect_left(seconds, then), row) for then, row in clocked(other)]
+    return [dataclasses.replace(row, generation=generations[i]) for i, row in at if i < len(ends)]
+
+
 def best_so_far(rows: list[Result], generations: list[int]) -> list[float]:
     """The best genome that was new by each generation, by the mean of all its evaluations: a line that never rises.
 
@@ -3076,9 +3094,10 @@ def draw_scores(
     """
     best = best_so_far(rows, generations)
     strategies, seeds = (
-        {value: best_so_far(controls[what, value], generations) for what, value in sorted(controls) if what == wanted}
+        {value: best_so_far(as_long(rows, other), generations) for (what, value), other in sorted(controls.items())
+         if what == wanted}
         for wanted in ("strategy", "seed")
-    )
+    )  # fmt: skip
     levels: dict[str, float] = {}  # the best baseline of each kind
     for c in candidates(of_stage(rows, "baseline")):
         levels.setdefault(c.id.split("-")[0], c.mean)
@@ -3106,7 +3125,7 @@ def draw_scores(
         x, y = [r.generation for r in known], [means[r.id] for r in known]
         axis.plot(x, y, color=COLOURS[7], lw=1, marker="o", ms=4, mfc="none", label="the winner's line of descent")
     for (strategy, line), color in zip(strategies.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
-        axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search")
+        axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search for as long")
     label = "best so far, other seeds"
     for seed, line in seeds.items():
         axis.plot(generations, line, color=COLOURS[0], lw=1.2, label=label)
@@ -3409,7 +3428,7 @@ def converged(rows: list[Result]) -> tuple[int, float, float] | None:
         return None
     best = best_so_far(rows, list(range(max(row.generation for row in search) + 1)))
     when = next(g for g, score in enumerate(best) if score <= best[-1] + noise)  # nan is never below
-    minutes = [(row.generation, ((row.seconds or 0) + (row.outside or 0)) / 60) for row in search]
+    minutes = [(row.generation, row.spent / 60) for row in search]
     return when, sum(m for g, m in minutes if g <= when), sum(m for _, m in minutes)
 
 
@@ -3450,20 +3469,21 @@ def lead_text(lead: Estimate, over: str) -> str:
     return f"{how} {'better' if lead.mean >= 0 else 'worse'} than {over}{chance}"
 
 
-def lead_over_control(rows: list[Result], other: list[Result]) -> tuple[int, Estimate] | None:
-    """How far the best of the search leads over a control's, as both stood after the last generation that both have."""
-    both = [of_stage(those, "search") for those in (rows, other)]
+def lead_over_control(rows: list[Result], other: list[Result]) -> tuple[float, Estimate] | None:
+    """How far the best of the search leads over a control's, as both stood after the minutes on the device that both
+    had, and these."""
+    both = [clocked(those) for those in (rows, other)]
     if not all(both):
         return None
-    at = min(max(row.generation for row in those) for those in both)
-    best = [next(iter(searched([row for row in those if row.generation <= at])), None) for those in both]
-    noise = [noise_floor(those) for those in both]
+    end = min(those[-1][0] for those in both)
+    best = [next(iter(searched([row for seconds, row in those if seconds <= end])), None) for those in both]
+    noise = [noise_floor(those) for those in (rows, other)]
     if None in best:
         return None
     half = None
     if None not in noise:
         half = 1.96 * math.sqrt(sum(s * s / len(c.scores) for c, s in zip(best, noise, strict=True)))
-    return at, Estimate(best[1].mean - best[0].mean, half, ())
+    return end / 60, Estimate(best[1].mean - best[0].mean, half, ())
 
 
 def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcome) -> list[str]:
@@ -3504,7 +3524,7 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
     for (what, value), other in sorted(controls.items()):
         if lead := lead_over_control(rows, other):
             name = f"the control {value}" if what == "strategy" else f"{what} {value}"
-            against.append(f"{lead_text(lead[1], name)} after generation {lead[0]}")
+            against.append(f"{lead_text(lead[1], name)} after {lead[0]:.1f} minutes of each")
     none = "No control (--strategy random, drift) stands in runs/: what selection adds is not measured."
     sentences.append(f"In the search, on val, the best is {'; '.join(against)}." if against else none)
     return [*sentences, f"{', '.join(pace_text(raced, c.id) for c in (best, rival) if c)}."]
@@ -3999,23 +4019,27 @@ def evolve(
     at_work = contextlib.nullcontext(cluster) if cluster else Pool(data, settings, device, out)
     with ThreadPoolExecutor(1) as reporter, at_work as pool:
         written, busy, at_first = None, 0.0, len(record.rows)
-        while tasks := plan(record.rows):
+        tasks = plan(record.rows)
+        while tasks:
             done, ends = len(record.rows), STARTED + 60 * minutes
             before, stage = (record.rows[-1].stage if record.rows else ""), tasks[0].stage
             if stage != before:  # a line is free already behind a generation, and a round of baselines
                 say(f"{'' if before in ('', 'baseline', 'search') else chr(10)}{HEADINGS[stage]}\n")
-            begun = progress(pool, in_time(tasks, record.rows, settings, pool, ends), len(tasks), tasks[0])
-            for result in unless_all_crash(begun, record.rows, settings.population_size):
+            begun = in_time(tasks, record.rows, settings, pool, ends)
+            results = under_a_bar(pool, begun, len(tasks), tasks[0])
+            for result in unless_all_crash(results, record.rows, settings.population_size):
                 result.note = f"{result.note} {slower_text(result, record.rows, settings)}".strip()
                 record.append(result)
-                busy += (result.seconds or 0) + (result.outside or 0)
+                busy += result.spent
                 say(result_text(result))
             if len(record.rows) > done and (text := stage_text(record.rows, tasks[0])):
                 say(text)
             if written:
                 written.result()  # raises what went wrong
+            ended = len(record.rows) - done < len(tasks)
+            tasks = tasks if ended else plan(record.rows)  # before the reports, which would slow it down
             written = reporter.submit(write_reports, out, list(record.rows), record.header, settings, controls)
-            if len(record.rows) - done < len(tasks):
+            if ended:
                 break
     if written:
         written.result()
@@ -4030,10 +4054,11 @@ def evolve(
 
 def in_time(
     tasks: list[Task], rows: list[Result], settings: Settings, pool: Pool | RayPool, ends: float
-) -> Iterator[Task]:
+) -> Iterator[Task | None]:
     """Those of the tasks, one after the other, that can end by then, as time.monotonic() has it; of those that are
     compared seed by seed in a final all of one seed or none.
 
+    None where that cannot be said before those on the way have ended, for whom as long is set aside as they may take.
     rows: the record, to which the results come meanwhile.
     """
     begun, known = [], len(rows)
@@ -4050,18 +4075,22 @@ def in_time(
 
     for _, group in itertools.groupby(tasks, key=together):
         wanted = list(group)
-        ended = {row.evaluation for row in rows[known:]}
-        ahead = [task for task in begun if task.evaluation not in ended]
-        free = [0.0] * pool.gpus  # when each will be, in seconds from now
-        for task in ahead + wanted:
-            heapq.heapreplace(free, free[0] + cost(task))
-        if max(free) + SPARE > ends - time.monotonic():
-            return
+        while True:
+            ended = {row.evaluation for row in rows[known:]}
+            ahead = [task for task in begun if task.evaluation not in ended]
+            free = [0.0] * pool.gpus  # when each will be, in seconds from now
+            for task in ahead + wanted:
+                heapq.heapreplace(free, free[0] + cost(task))
+            if max(free) + SPARE <= ends - time.monotonic():
+                break
+            if not ahead:
+                return
+            yield None
         begun += wanted
         yield from wanted
 
 
-def progress(pool: Pool | RayPool, tasks: Iterable[Task], most: int, first: Task) -> Iterator[Result]:
+def under_a_bar(pool: Pool | RayPool, tasks: Iterable[Task | None], most: int, first: Task) -> Iterator[Result]:
     """The results of tasks, of which there are so many at most, under a bar where there is a terminal."""
     title = first.stage if first.generation is None else f"generation {first.generation}"
     form = "{desc} {bar:20} {n_fmt}/{total_fmt}  {remaining} left here"

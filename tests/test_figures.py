@@ -137,12 +137,61 @@ def test_what_inheritance_is_worth_is_what_the_log_says():
     assert quoted == re.findall(r"0\.\d\d \(0\.\d\d to 0\.\d\d\)", log("inherit-h200.log"))
 
 
-def test_the_pair_of_runs_is_that_of_the_records():
-    text = section(RUNS, "Which search finds most")
-    for prescreen, quoted in (("1", r"PRESCREEN 1 the best"), ("50", r"with 50 it has")):
-        header, _, rows = evolve.read_results(
-            (ROOT / "runs" / "pairs-5s" / f"seed11-prescreen{prescreen}" / "results.tsv").read_bytes()
+def parts_among_survivors(rows: list[evolve.Result]) -> str:
+    """Which of three parts stand in one of the three survivors."""
+    attentions = [dict(node.gene.traits) for c in evolve.searched(rows)[:3] for node in c.genome.network
+                  if node.gene.op == "attention"]  # fmt: skip
+    found = {
+        "convolution": any(traits["conv"] for traits in attentions),
+        "values": any(traits["values"] != "plain" for traits in attentions),
+        "n-grams": any("ngram" in c.genome.ops for c in evolve.searched(rows)[:3]),
+    }
+    return ", ".join(name for name, stands in found.items() if stands)
+
+
+def test_the_table_of_pairs_is_that_of_the_records():
+    lines = re.findall(r"^\| (\d+), commit .* \|$", section(RUNS, "Which search finds most"), re.MULTILINE)
+    assert {f"seed{seed}-prescreen{n}" for seed in lines for n in (1, 50)} == {
+        path.name for path in (ROOT / "runs" / "pairs-5s").iterdir()
+    }
+    for seed in lines:
+        best, noise, parts = [], [], []
+        for n in (1, 50):
+            path = ROOT / "runs" / "pairs-5s" / f"seed{seed}-prescreen{n}" / "results.tsv"
+            header, _, rows = evolve.read_results(path.read_bytes())
+            assert (header["prescreen"], header["seed"], len(rows)) == (n, int(seed), 144)
+            best.append(evolve.searched(rows)[0])
+            noise.append(f"{evolve.noise_floor(rows):.4f}")
+            parts.append(parts_among_survivors(rows))
+        scores = [f"{c.mean:.4f} ({f'mean of {c.tried}' if c.tried > 1 else 'one'})" for c in best]
+        difference = f"{best[1].mean - best[0].mean:+.4f}"
+        told = " | ".join([*scores, difference, ", ".join(noise), *parts])
+        assert re.search(rf"^\| {seed}, commit [^|]* \| {re.escape(told)} \|$", RUNS, re.MULTILINE), told
+
+
+def test_what_the_regression_foretells_is_what_the_log_says():
+    names = {"seed 0": ["seed0-5s"], "seed 1": ["seed1-5s"]}
+    names |= {f"{name} control": [f"{name}-5s"] for name in ("random", "drift")}
+    for n in (11, 12, 13):
+        names[f"pair of seed {n}, PRESCREEN 1 / 50"] = [f"pairs-5s/seed{n}-prescreen{k}" for k in (1, 50)]
+    measured = {
+        name: (belief, parents if parents == "None" else f"{float(parents):.2f}", n)
+        for name, belief, parents, n in re.findall(
+            r"^(\S+): belief ([\d.]+), parents (\S+), (\d+) newcomers", log("records.log"), re.MULTILINE
         )
-        assert str(header["prescreen"]) == prescreen and len(rows) == 144
-        best = evolve.searched(rows)[0]
-        assert re.search(rf"{quoted}\D*(?:144 evaluations has )?{best.mean:.4f} \(mean of {best.tried}\)", text)
+    }
+    assert {name for own in names.values() for name in own} == set(measured)
+    for name, own in names.items():
+        beliefs, parents, newcomers = (" / ".join(texts) for texts in zip(*(measured[n] for n in own), strict=True))
+        told = rf"^\| {name} \| {newcomers} \| {parents.replace('None', '')} ?\| .*\| {beliefs} \|$"
+        assert re.search(told, RUNS, re.MULTILINE), told
+
+
+def test_which_strategy_finds_most_is_what_the_log_says():
+    text, n = section(RUNS, "Which search finds most"), 0
+    for line in log("strategies.log").splitlines()[1:]:
+        name, score, difference = re.match(r"(\w+)(?: prescreen=1)? +(\S+) +(\S+ ± \S+)", line).groups()
+        (told,) = re.findall(rf"^\| (?:control )?{name} \| 1.*$", text, re.MULTILINE)
+        assert f"| {score} |" in told and (difference == "0.0000 ± 0.0000" or difference in told)
+        n += 1
+    assert n == 16

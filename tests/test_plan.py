@@ -842,10 +842,10 @@ BEGUN = ("transformer-1x64", "modern-1x64")  # what families are tuned to in one
 
 
 def deeper_is_better(until: int) -> Callable[[Task], float]:
-    return lambda t: 1 + 0.1 * abs(len(t.genome.genes) // 4 - until) + (t.stage == "baseline" or "-" in t.id)
+    return lambda t: 1 + 0.1 * abs(len(t.genome.genes) / 4 - until) + (t.stage == "baseline" or "-" in t.id)
 
 
-def test_baselines_grow_until_it_does_not_help(free_params):
+def test_designs_grow_until_it_does_not_help(free_params):
     nets = [layers(2), layers(3), layers(4)]
     s = one_generation(nets, baseline_trials=1, finalists=2)
     rows, asked = after_search(nets, s), []
@@ -857,16 +857,17 @@ def test_baselines_grow_until_it_does_not_help(free_params):
         if tasks[0].stage == "grow":
             asked.append([t.id for t in tasks])
         rows += map(result, tasks)
-    found = [f"{id}{more}" for id in ("g0.01", "g0.02") for more in ("", "+1", "+2")]
+    most = {"g0.01": 7, "g0.02": 6, **dict.fromkeys(BEGUN, 4)}  # one step beyond four layers
     assert asked == [
-        [*found, *(f"{base}{more}" for base in BEGUN for more in ("", "+1"))],
-        *([f"{base}+{n}" for base in BEGUN] for n in (2, 3, 4)),
+        [f"{id}{more}" for id in most for more in ("", "+1")],
+        *([f"{id}+{n}" for id, last in most.items() if n <= last] for n in range(2, 8)),
     ]
     depth = {row.id: len(Genome.from_json(row.genome).genes) for row in evolve.of_stage(rows, "grow")}
     assert depth == {
-        "g0.01": 4, "g0.01+1": 6, "g0.01+2": 8, "g0.02": 6, "g0.02+1": 8, "g0.02+2": 10,
-        **{f"{base}{f'+{n}' if n else ''}": 4 + 4 * n for base in BEGUN for n in range(5)},
-    }  # fmt: skip
+        f"{id}{f'+{n}' if n else ''}": genes + step * n
+        for id, genes, step in (("g0.01", 4, 2), ("g0.02", 6, 2), *((base, 4, 4) for base in BEGUN))
+        for n in range(most[id] + 1)
+    }
     assert {row.parents for row in evolve.of_stage(rows, "grow") if "+" in row.id} == {"g0.01", "g0.02", *BEGUN}
     best = {f"{base}+3" for base in BEGUN}
     assert {row.id for row in evolve.of_stage(rows, "long") if "-" in row.id} == best, "the best of each family"
@@ -939,9 +940,7 @@ def test_who_is_in_the_long_final(free_params):
 
     def score(t):
         if t.stage == "grow":
-            return {"g0.01": 1.1, "g0.01+1": 1.5, "g0.01+2": 1.4, "g0.02": 1.0, "g0.02+1": 1.3, "g0.02+2": 1.6}.get(
-                t.id, quality(t)
-            )
+            return {"g0.01": 1.1, "g0.01+1": 1.5, "g0.02": 1.0, "g0.02+1": 1.3}.get(t.id, quality(t))
         return {"g0.01": 1.25, "g0.02": 1.2}.get(t.id, quality(t))
 
     rows = played(after_search(nets, s), s, lambda t: fake(t, score))
@@ -1587,6 +1586,8 @@ def admitted(tasks, rows, s: Settings, left: float, monkeypatch, gpus: int = 1, 
     now, begun, rows = [0.0], [], list(rows)
     monkeypatch.setattr(evolve.time, "monotonic", lambda: now[0])
     for t in evolve.in_time(tasks, rows, s, SimpleNamespace(gpus=gpus), left + evolve.SPARE):
+        if t is None:
+            break  # it waits
         begun.append(t)
         if done(t):
             row = fake(t, seconds=10.0 * t.budget, outside=2.0)
@@ -1608,6 +1609,21 @@ def test_no_trial_is_begun_that_cannot_end(monkeypatch):
     assert len(admitted(longer, known, s, 85.0, monkeypatch)) == 2
     by_tokens = small(population_size=8)
     assert len(admitted(tasks, known, by_tokens, 25.0, monkeypatch)) == 2, "as long as those before took"
+
+
+def test_who_ends_early_leaves_time_for_another(monkeypatch):
+    s, now = small(token_budget=0, time_budget=10.0, population_size=8), [0.0]
+    tasks = evolve.breed([], 0, s, VOCAB)
+    rows = [fake(tasks[-1], seconds=10.0, outside=2.0)]
+    monkeypatch.setattr(evolve.time, "monotonic", lambda: now[0])
+    begun = evolve.in_time(tasks, rows, s, SimpleNamespace(gpus=1), 20.0 + evolve.SPARE)
+    assert [next(begun), next(begun), next(begun)] == [tasks[0], None, None]
+    now[0] = 5.0  # stopped at the hurdle
+    rows.append(fake(tasks[0], seconds=4.0, outside=1.0))
+    assert [next(begun), next(begun)] == [tasks[1], None]
+    now[0] = 17.0
+    rows.append(fake(tasks[1], seconds=10.0, outside=2.0))
+    assert next(begun, "the end") == "the end", "nothing is under way, and nothing can end in time"
 
 
 @pytest.mark.parametrize("stage", ["final", "long", "passes"])
