@@ -1647,7 +1647,7 @@ def test_a_plan_goes_on_from_anywhere(free_params, strategy):
     assert sizes["baseline", None] == len(tried) + 2 * 2 * 2  # two survivors of each family, twice more
     assert [sizes["search", g] for g in range(4)] == [4, 4, 4, 0]
     assert sizes["final", None] == 2 * 3 and sizes["target", None] == 2 * 4  # one finalist, two families; two seeds
-    assert sizes["grow", None] >= 3 + 2 * 2 and sizes["long", None] == 2 * 4 and sizes["passes", None] == 2 * 3
+    assert sizes["grow", None] >= 3 * 2 and sizes["long", None] == 2 * 4 and sizes["passes", None] == 2 * 3
     for done in range(0, len(rows), 2 if strategy == "elites" else 12):
         shuffled = [rng.sample(found, len(found)) for found in whole]  # several workers finish in any order
         part = list(itertools.chain(*shuffled))[:done]
@@ -2950,16 +2950,28 @@ def test_one_generation_can_be_seen(free_params):
 
 
 def test_the_picture_shows_controls_as_far_as_they_went(free_params):
-    rows, short = search(tiny(**BIG), 4), search(tiny(**BIG, seed=1), 2)
+    rows, short = (
+        [dataclasses.replace(r, seconds=1.0) for r in search(tiny(**BIG, seed=seed), n)] for seed, n in ((0, 4), (1, 2))
+    )
     better = [dataclasses.replace(r, val_bpb=r.val_bpb - 0.5) for r in short]
     controls = {("strategy", "random"): rows, ("seed", 10): short, ("seed", 2): better, ("seed", 3): []}
     axis = axis_of(evolve.draw_scores, rows, rows, [0, 1, 2, 3], 3, controls)
     drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
-    assert drawn["best so far, random search"] == drawn["best so far, mean of its evaluations"]
+    assert drawn["best so far, random search for as long"] == drawn["best so far, mean of its evaluations"]
     ours = drawn["best so far, other seeds"]  # of seed 2, the first
     assert ours[:2] == evolve.best_so_far(better, [0, 1]) and all(map(math.isnan, ours[2:]))
     assert [text.get_text() for text in axis.texts][:2] == [" seed 2", " seed 10"]
     assert axis.get_ylim()[0] < min(ours[:2]), "a seed that is better is in the picture"
+
+
+def test_another_run_is_shown_where_this_one_had_taken_as_long(free_params):
+    """A control whose evaluations take half as long is two generations further at the end of each."""
+    rows = [dataclasses.replace(r, seconds=1.5, outside=0.5) for r in search(tiny(**BIG), 2)]
+    fast = [dataclasses.replace(r, seconds=1.0) for r in search(tiny(**BIG, seed=1), 5)]
+    moved = evolve.as_long(rows, fast)
+    assert len(moved) == 2 * len(rows) and [r.id for r in moved] == [r.id for r in fast[: len(moved)]]
+    assert [r.generation for r in moved] == [r.generation // 2 for r in fast[: len(moved)]]
+    assert evolve.as_long(rows, []) == evolve.as_long([], fast) == []
 
 
 def test_the_picture_is_about_the_better_evaluations(free_params):
