@@ -4019,8 +4019,7 @@ def evolve(
     at_work = contextlib.nullcontext(cluster) if cluster else Pool(data, settings, device, out)
     with ThreadPoolExecutor(1) as reporter, at_work as pool:
         written, busy, at_first = None, 0.0, len(record.rows)
-        tasks = plan(record.rows)
-        while tasks:
+        while tasks := plan(record.rows):
             done, ends = len(record.rows), STARTED + 60 * minutes
             before, stage = (record.rows[-1].stage if record.rows else ""), tasks[0].stage
             if stage != before:  # a line is free already behind a generation, and a round of baselines
@@ -4036,10 +4035,8 @@ def evolve(
                 say(text)
             if written:
                 written.result()  # raises what went wrong
-            ended = len(record.rows) - done < len(tasks)
-            tasks = tasks if ended else plan(record.rows)  # before the reports, which would slow it down
             written = reporter.submit(write_reports, out, list(record.rows), record.header, settings, controls)
-            if ended:
+            if len(record.rows) - done < len(tasks):
                 break
     if written:
         written.result()
