@@ -1068,6 +1068,7 @@ class Node(NamedTuple):
     d_in: int | None
     d_skip: int | None
     d_out: int
+    at: int  # which gene of the genome it is, from 1
 
 
 def folded(items: tuple) -> list[tuple[tuple, int]]:
@@ -1152,7 +1153,7 @@ class Genome:
             d_in = None if source is None else widths[source]
             d_out = d_in if OPS[gene.op].keeps_width else gene.dim
             widths.append(d_out)
-            nodes.append(Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out))
+            nodes.append(Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out, i))
         return tuple(nodes)
 
     @functools.cached_property
@@ -2162,12 +2163,15 @@ LEVELS = {"convnet-4x256": convnet(4, 256), "gru-1x384": gru_net(1, 384), "mlp-4
 
 
 def pruned(genome: Genome) -> Genome:
-    """The same network without the genes that are no part of it."""
+    """The same network without the genes that are no part of it. The others keep their order: blocks stay whole."""
+    nodes = sorted(genome.network, key=lambda node: node.at)
+    states = [0, *(1 + nodes.index(node) for node in genome.network)]  # where each state of the network stands then
     genes = [
         node.gene.change(
-            input=1 if node.source is None else state - node.source, skip=0 if node.skip is None else state - node.skip
+            input=1 if node.source is None else state - states[node.source],
+            skip=0 if node.skip is None else state - states[node.skip],
         )
-        for state, node in enumerate(genome.network, start=1)
+        for state, node in enumerate(nodes, start=1)
     ]
     return replace(genome, genes=genes) if genes else genome
 
@@ -2199,7 +2203,7 @@ def without_table(gene: Gene) -> Gene:
 def grown(genome: Genome, times: int) -> Genome:
     """The design with its repeated run so many times more: (norm→attention→norm→gate)×6 is one of 6 + times layers.
 
-    Tables are not copied. Raises GenomeError where that is too many genes.
+    Tables are not copied. Raises GenomeError where that is too many genes, or no other network.
     """
     genome = pruned(genome)
     start, stop = repeated_run(genome)
@@ -2209,6 +2213,9 @@ def grown(genome: Genome, times: int) -> Genome:
             raise GenomeError(f"{len(design.genes) + stop - start} genes, over MAX_GENES = {MAX_GENES}")
         more = [without_table(gene) for gene in moved(genome, start, stop, to=at)]
         design = spliced(design, at, at, more)
+    if times > 0 and design.key == genome.key:
+        run = "→".join(gene.op for gene in genome.genes[start:stop])
+        raise GenomeError(f"{run} once more computes nothing new; tables are not copied")
     return pruned(design)
 
 

@@ -333,14 +333,35 @@ def test_growth_carries_links_to_the_embedding():
     assert ends_of_links(larger) == {0} and larger == linked(5)
 
 
+def test_growth_is_by_a_layer_where_a_table_stands_behind_the_layers():
+    """The network runs the table first, as it reads none of them; written so, it would tie all layers together."""
+    table = (Gene("ngram", 64, gated=False), Gene("linear", 192, skip=2))
+
+    def genome(layers: int) -> Genome:
+        return Genome((*g.transformer(layers, 192).genes, *table), embed_dim=192)
+
+    assert genome(5).ops[0] == "ngram" and len(g.clean_cuts(genome(5))) == 12
+    assert g.pruned(genome(5)) == genome(5) and g.grown(genome(5), 1) == genome(6)
+
+
+def test_growth_that_changes_nothing_is_refused():
+    table = gene("ngram", gated=False)
+    for genes in ((table, table), (Gene("norm"),), (Gene("identity"),)):
+        genome = Genome(genes, embed_dim=64)
+        assert g.grown(genome, 0).key == genome.key
+        for times in (1, 2):
+            with pytest.raises(GenomeError, match=f"{genes[0].op} once more computes nothing new"):
+                g.grown(genome, times)
+
+
 def unplaced(network: tuple[g.Node, ...]) -> list[g.Node]:
-    """The nodes without the distances of their genes, which depend on where in the genome those stand."""
-    return [node._replace(gene=node.gene.bare) for node in network]
+    """The nodes without what only says where in the genome their genes stand."""
+    return [node._replace(gene=node.gene.bare, at=0) for node in network]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pruning_keeps_the_network(seed):
-    rng, less = random.Random(seed), 0
+def test_pruning_keeps_the_network_and_the_order(seed):
+    rng, less, reordered = random.Random(seed), 0, 0
     for genome in map(narrow, lineage(seed, 30)):
         for _ in range(3):  # genes that nothing reads, and others that do not run in their order
             genome = g.change_input(genome, rng)
@@ -349,9 +370,12 @@ def test_pruning_keeps_the_network(seed):
             continue
         assert pruned.key == genome.key and pruned.num_params(VOCAB) == genome.num_params(VOCAB)
         assert unplaced(pruned.network) == unplaced(genome.network)
-        assert len(pruned.genes) == len(genome.network)
-        less += len(pruned.genes) < len(genome.genes)
-    assert less > 15
+        ran = [node.at for node in genome.network]
+        assert [x.bare for x in pruned.genes] == [genome.genes[at - 1].bare for at in sorted(ran)]
+        assert g.pruned(pruned) == pruned
+        less += len(ran) < len(genome.genes)
+        reordered += ran != sorted(ran)
+    assert less > 15 and reordered > 5
 
 
 # ------------------------------------------------------------------------------------------------------------------
