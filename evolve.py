@@ -2256,8 +2256,7 @@ def parts(genome: Genome, vocab_size: int) -> dict[tuple, float]:
         found[op,] = 1.0
         found[op, "times"] = 0.7 * math.log2(len(nodes))
         unusual = collections.Counter(choice for node in nodes for choice in node.gene.unusual)
-        unusual["share", True] = sum(node.owner is not None for node in nodes)
-        found |= {(op, *choice): 0.5 + 0.5 * times / len(nodes) for choice, times in unusual.items() if times}
+        found |= {(op, *choice): 0.5 + 0.5 * times / len(nodes) for choice, times in unusual.items()}
     line = ["", *(op for op in genome.ops if op != "norm"), ""]
     for pair in itertools.pairwise(line):
         found[("pair", *pair)] = 0.35
@@ -3345,7 +3344,7 @@ def steps(rows: list[Result], losses: dict[tuple, float]) -> list[Step]:
 def features(genome: Genome) -> frozenset[tuple]:
     """Its ops, (op,), and what is not as usual: (op, trait, choice), of wiring "any", of the genome itself "genome"."""
     nodes = genome.network
-    found = {(node.gene.op,) for node in nodes} | {("any", "share", True) for node in nodes if node.owner is not None}
+    found = {(node.gene.op,) for node in nodes}
     for node in nodes:
         found |= {("any" if name in WIRING else node.gene.op, name, value) for name, value in node.gene.unusual}
     own = {name: getattr(genome, name) for name in GENOME_TRAITS}
@@ -3596,9 +3595,8 @@ def network_graph(genome: Genome) -> list[str]:
     for run, times in folded(tuple(linked)):
         lines += [f'  subgraph r{at}["{times} times"]'] if times > 1 else []
         for state, node in enumerate(network[at : at + len(run)], start=at + 1):
-            shared = "" if node.owner is None else "<br/>weights of an earlier one"
             place[state] = f"s{state}"
-            lines.append(f'  s{state}["{" ".join(genome.words[state - 1].split())}{shared}"]')
+            lines.append(f'  s{state}["{" ".join(genome.words[state - 1].split())}"]')
             edges += [f"  {place[node.source]} --> s{state}"] if node.source is not None else []
             edges += [f"  {place[node.skip]} -. + .-> s{state}"] if node.skip is not None else []
             edges += [f"  s0 -. tokens .-> s{state}"] if set(node.gene.reads) - {"stream"} else []
@@ -3618,9 +3616,9 @@ def links(genome: Genome) -> list[tuple[int | None, int | None]]:
 def gene_texts(genome: Genome) -> list[str]:
     """The genes of a network in words, wiring included."""
     texts = []
-    for word, (source, skip), node in zip(genome.words, links(genome), genome.network, strict=True):
+    for word, (source, skip) in zip(genome.words, links(genome), strict=True):
         own = [f"input={source}"] * (source not in (1, None)) + [f"skip={skip}"] * (skip is not None)
-        texts.append(" ".join([*word.split(), *own, *["share"] * (node.owner is not None)]))
+        texts.append(" ".join([*word.split(), *own]))
     return texts
 
 
@@ -4227,8 +4225,8 @@ def save_model(path: Path, model: Model, data: prepare.Dataset):
     from safetensors.torch import save
 
     metadata = {"genome": model.genome.to_json(), "vocab_size": str(data.vocab_size), "fingerprint": data.fingerprint}
-    weights = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
-    write_whole(path, save(weights, metadata))  # clones: tensors that share memory are refused
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    write_whole(path, save(weights, metadata))
 
 
 def load_model(path: Path, data: prepare.Dataset, device: torch.device) -> Model:

@@ -967,9 +967,7 @@ class Gene:
 
     op: a name in OPS. dim: channels it puts out, a multiple of 64 (None for ops that keep the width of their input).
     input: it reads the gene this far back (1 the one before; the first gene reads the embedding). skip: what came out
-    this far back is added (0 nothing; 1 is a residual around this gene alone). share: it uses the weights of the gene
-    this far back, where that has the same op, traits and widths (0 its own; Lan et al. 2020, ALBERT). Raises
-    GenomeError.
+    this far back is added (0 nothing; 1 is a residual around this gene alone). Raises GenomeError.
     """
 
     op: str
@@ -977,16 +975,15 @@ class Gene:
     activation: str = "none"
     input: int = 1
     skip: int = 0
-    share: int = 0
     repeat: int = 1
     scale: str = "none"
     stride: int = 1
     traits: tuple[tuple[str, object], ...] = ()
 
-    def __init__(
-        self, /, op, dim=None, activation="none", input=1, skip=0, share=0, repeat=1, scale="none", stride=1, **traits
-    ):
+    def __init__(self, /, op, dim=None, activation="none", input=1, skip=0, repeat=1, scale="none", stride=1, **traits):
         check_choice("op", op, tuple(OPS))
+        if traits.pop("share", 0) != 0:  # earlier files have a 0 there
+            raise GenomeError(f"{op}.share: shared weights are no longer part of genesis")
         declared, gone = OPS[op].traits, OPS[op].gone
         traits = {name: value for name, value in traits.items() if name not in gone or value != gone[name]}
         unknown = next((name for name in traits if name not in declared), None)
@@ -998,7 +995,6 @@ class Gene:
             check_width(f"{op}.dim", dim)
         check_distance(f"{op}.input", input, 1)
         check_distance(f"{op}.skip", skip, 0)
-        check_distance(f"{op}.share", share, 0)
         scale = {False: "none", True: "channel"}.get(scale, scale) if type(scale) is bool else scale  # earlier files
         for name, value in {"activation": activation, "repeat": repeat, "scale": scale, "stride": stride}.items():
             check_choice(f"{op}.{name}", value, WIRING[name] + WIRING_RETIRED.get(name, ()))
@@ -1011,8 +1007,7 @@ class Gene:
             repeat = 1  # once more changes nothing
         input = 1 if alone else input
         scale = scale if skip else "none"  # without a skip a gain does nothing that the next matrix or norm could not
-        share = 0 if OPS[op].keeps_width else share  # there is little to share
-        values = (op, dim, activation, input, skip, share, repeat, scale, stride, tuple(full.items()))
+        values = (op, dim, activation, input, skip, repeat, scale, stride, tuple(full.items()))
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -1034,7 +1029,7 @@ class Gene:
     @functools.cached_property
     def bare(self) -> Gene:
         """The gene without its distances: what it takes to build it, once the widths it reads are known."""
-        return self.change(input=1, skip=min(self.skip, 1), share=0)
+        return self.change(input=1, skip=min(self.skip, 1))
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -1063,10 +1058,6 @@ class Gene:
         """Whether it is an RMS norm and nothing else, so that another one after it changes nothing but a gain."""
         return self.op == "norm" and self.kind == "rms" and self.is_plain
 
-    def can_share(self, other: Gene) -> bool:
-        """Whether the weights of the one fit the other, as far as their widths do."""
-        return (self.op, self.dim, self.traits) == (other.op, other.dim, other.traits)
-
 
 class Node(NamedTuple):
     """A gene as it stands in the network: state 0 is the embedding, state i what node i - 1 puts out."""
@@ -1077,12 +1068,7 @@ class Node(NamedTuple):
     d_in: int | None
     d_skip: int | None
     d_out: int
-    owner: int | None  # the node whose weights it uses; None for its own
-
-    @property
-    def d_op(self) -> int | None:
-        """Channels that its op reads: a repeated one reads what it puts out."""
-        return self.d_out if self.gene.repeat > 1 else self.d_in
+    at: int  # which gene of the genome it is, from 1
 
 
 def folded(items: tuple) -> list[tuple[tuple, int]]:
@@ -1123,9 +1109,9 @@ class Genome:
         for name in ("lr_factor", "tied"):
             check_choice(name, getattr(self, name), GENOME_TRAITS[name])
         for i, gene in enumerate(self.genes, start=1):
-            for name, beyond in (("input", "embedding"), ("skip", "embedding"), ("share", "first gene")):
-                if getattr(gene, name) > (i - 1 if name == "share" else i):
-                    raise GenomeError(f"genes[{i - 1}].{name}: {getattr(gene, name)} reaches beyond the {beyond}")
+            for name in ("input", "skip"):
+                if getattr(gene, name) > i:
+                    raise GenomeError(f"genes[{i - 1}].{name}: {getattr(gene, name)} reaches beyond the embedding")
         object.__setattr__(self, "network", self._network())
 
     def _network(self, up_to_gains: bool = False) -> tuple[Node, ...]:
@@ -1159,36 +1145,23 @@ class Genome:
                 place[i] = len(order)
 
         visit(last)
-        widths, nodes, owners = [self.embed_dim], [], {}
-        for at, i in enumerate(order):
+        widths, nodes = [self.embed_dim], []
+        for i in order:
             gene = genes[i - 1]
             source = place[stands_for[i - gene.input]] if "stream" in gene.reads else None
             skip = place[stands_for[i - gene.skip]] if gene.skip else None
             d_in = None if source is None else widths[source]
             d_out = d_in if OPS[gene.op].keeps_width else gene.dim
             widths.append(d_out)
-            node = Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out, None)
-            owner = owners.setdefault((self.first_of_chain(i - 1), node.d_op), at)
-            nodes.append(node if owner == at else node._replace(owner=owner))
+            nodes.append(Node(gene, source, skip, d_in, None if skip is None else widths[skip], d_out, i))
         return tuple(nodes)
-
-    def first_of_chain(self, i: int) -> int:
-        """The gene whose weights gene i would use if both were as wide: itself, or where the chain of `share` ends."""
-        while (gene := self.genes[i]).share and gene.can_share(self.genes[i - gene.share]):
-            i -= gene.share
-        return i
-
-    def sharing_with(self, i: int) -> list[int]:
-        """The genes of that chain, gene i among them."""
-        first = self.first_of_chain(i)
-        return [j for j in range(len(self.genes)) if self.first_of_chain(j) == first]
 
     @functools.cached_property
     def key(self) -> str:
         """A hash of what the genome computes and how it is trained; genomes of one key differ in a gain at most."""
         parts = [
             (n.gene.op, n.d_out, n.gene.activation, n.gene.repeat, n.gene.scale, n.gene.stride, n.gene.traits,
-             n.source, n.skip, n.owner)
+             n.source, n.skip)
             for n in self._network(up_to_gains=True)
         ]  # fmt: skip
         text = json.dumps([parts, self.embed_dim, self.lr_factor, self.tied])
@@ -1226,7 +1199,7 @@ class Genome:
     def num_params(self, vocab_size: int) -> int:
         """Parameters of Model(self, vocab_size), without allocating them."""
         frame = Frame(vocab_size, self.embed_dim)
-        blocks = sum(block_params(n.gene.bare, n.d_in, n.d_skip, frame, n.owner is None) for n in self.network)
+        blocks = sum(block_params(n.gene.bare, n.d_in, n.d_skip, frame) for n in self.network)
         embedding = vocab_size * self.embed_dim
         if not self.tied:
             return blocks + embedding + vocab_size * self.d_out
@@ -1297,22 +1270,22 @@ def ungroup(y, stride: int, T: int):
 class Block(nn.Module):
     """A gene as built: (B, T, d_in) that it reads, (B, T, d_skip) that is added, ids, embedding -> (B, T, d_out).
 
-    What the gene does not use may be None. owner: the block whose weights it uses, if it has none of its own.
+    What the gene does not use may be None.
     """
 
-    def __init__(self, gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame, owner: Block | None = None):
+    def __init__(self, gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame):
         super().__init__()
         cls = OPS[gene.op]
         d_out = d_in if cls.keeps_width else gene.dim
         self.gene, self.d_in, self.d_out = gene, d_in, d_out
         self.resize = Linear(d_in, d_out) if gene.repeat > 1 and d_in != d_out else None
         more = {} if gene.reads == ("stream",) else {"frame": frame}
-        self.op = owner.op if owner else cls(d_out if gene.repeat > 1 else d_in, d_out, **more, **dict(gene.traits))
+        self.op = cls(d_out if gene.repeat > 1 else d_in, d_out, **more, **dict(gene.traits))
         gain = SCALE_START.get(gene.scale)
         self.gain = None if gain is None else nn.Parameter(torch.full((d_out,), gain))
         self.project = Linear(d_skip, d_out) if d_skip is not None and d_skip != d_out else None
         for last in (getattr(self.op, name, None) for name in ("out", "shared_out")):
-            if d_skip is not None and last is not None and not owner:
+            if d_skip is not None and last is not None:
                 last.weight.data *= RESIDUAL_INIT
 
     def forward(self, x, skip=None, ids=None, embedding=None):
@@ -1340,12 +1313,11 @@ class Block(nn.Module):
 
 
 @functools.lru_cache(maxsize=100_000)
-def block_params(gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame, owns: bool = True) -> int:
-    """Parameters of a Block, those of its op only where it owns them."""
+def block_params(gene: Gene, d_in: int | None, d_skip: int | None, frame: Frame) -> int:
+    """Parameters of a Block."""
     with torch.device("meta"):
         block = Block(gene, d_in, d_skip, frame)
-    counted = block.parameters() if owns else (p for name, p in block.named_parameters() if not name.startswith("op."))
-    return sum(p.numel() for p in counted)
+    return sum(p.numel() for p in block.parameters())
 
 
 class Embed(nn.Module):
@@ -1454,11 +1426,8 @@ class Model(nn.Module):
         super().__init__()
         self.genome = genome
         self.embed = Embed(vocab_size, genome.embed_dim, dtype)
-        self.blocks = nn.ModuleList()
         frame = Frame(vocab_size, genome.embed_dim, dtype)
-        for node in genome.network:
-            owner = None if node.owner is None else self.blocks[node.owner]
-            self.blocks.append(Block(node.gene, node.d_in, node.d_skip, frame, owner))
+        self.blocks = nn.ModuleList(Block(n.gene, n.d_in, n.d_skip, frame) for n in genome.network)
         self.head = Head(vocab_size, genome.d_out, genome.embed_dim if genome.tied else None)
 
     def forward(self, idx, targets=None, reduction="mean"):
@@ -1758,12 +1727,11 @@ class Child(NamedTuple):
 
 
 def fit_distances(genes: list[Gene]) -> tuple[Gene, ...]:
-    """Shorten distances that reach beyond the embedding to reach the embedding; weights from there are one's own."""
+    """Shorten distances that reach beyond the embedding to reach the embedding."""
     fitted = []
     for i, gene in enumerate(genes, start=1):
-        if gene.input > i or gene.skip > i or gene.share >= i:
-            share = gene.share if gene.share < i else 0
-            gene = gene.change(input=min(gene.input, i), skip=min(gene.skip, i), share=share)
+        if gene.input > i or gene.skip > i:
+            gene = gene.change(input=min(gene.input, i), skip=min(gene.skip, i))
         fitted.append(gene)
     return tuple(fitted)
 
@@ -1828,18 +1796,6 @@ def with_gene(genome: Genome, i: int, gene: Gene) -> Genome:
     return replace(genome, genes=fit_distances([*genome.genes[:i], gene, *genome.genes[i + 1 :]]))
 
 
-def changed_together(genome: Genome, rng: random.Random, i: int) -> list[int]:
-    """The genes that change when gene i comes to need other weights: half the time all that share weights with it."""
-    return genome.sharing_with(i) if rng.random() < 0.5 else [i]
-
-
-def with_weights_changed(genome: Genome, rng: random.Random, i: int, **changes) -> Genome:
-    """Gene i changed so that other weights fit it, and those that change with it."""
-    for j in changed_together(genome, rng, i):
-        genome = with_gene(genome, j, genome.genes[j].change(**changes))
-    return genome
-
-
 def change_gene(genome: Genome, rng: random.Random, change) -> Genome:
     """Replace one gene by change(gene)."""
     i = rng.randrange(len(genome.genes))
@@ -1855,12 +1811,8 @@ def change_op(genome, rng):
     i = rng.randrange(len(genome.genes))
     old = genome.genes[i]
     new = random_gene(rng, old.dim or width_near(genome, i))
-    keeps = {name: getattr(old, name) for name in ("activation", "repeat", "stride")}
-    genes = list(genome.genes)
-    for j in changed_together(genome, rng, i):
-        links = {name: getattr(genes[j], name) for name in ("input", "skip", "share", "scale")}
-        genes[j] = new.change(**links, **keeps)
-    return replace(genome, genes=fit_distances(genes))
+    keeps = {name: getattr(old, name) for name in ("input", "skip", *WIRING)}
+    return with_gene(genome, i, new.change(**keeps))
 
 
 def change_width(genome, rng):
@@ -1869,7 +1821,8 @@ def change_width(genome, rng):
         sized = [i for i, gene in enumerate(genome.genes) if gene.dim]
         if sized:
             i = rng.choice(sized)
-            return with_weights_changed(genome, rng, i, dim=other(rng, WIDTHS, genome.genes[i].dim))
+            gene = genome.genes[i]
+            return with_gene(genome, i, gene.change(dim=other(rng, WIDTHS, gene.dim)))
     step = rng.choice((-1, 1))
 
     def resized(dim):
@@ -1923,8 +1876,8 @@ def change_trait(genome, rng):
     if not traits:
         return genome
     i, name, value = rng.choice(traits)
-    value = other(rng, OPS[genome.genes[i].op].traits[name], value)
-    return with_weights_changed(genome, rng, i, **{name: value})
+    gene = genome.genes[i]
+    return with_gene(genome, i, gene.change(**{name: other(rng, OPS[gene.op].traits[name], value)}))
 
 
 def change_trait_everywhere(genome, rng):
@@ -1954,11 +1907,11 @@ def spliced(genome: Genome, start: int, stop: int, genes) -> Genome:
         return genome
     rest = []
     for state, gene in enumerate(genome.genes[stop:], start=stop + 1):
-        reach = {name: getattr(gene, name) for name in ("input", "skip", "share")}
+        reach = {"input": gene.input, "skip": gene.skip}
         over = {
             name: d + growth
             for name, d in reach.items()
-            if d and state - d <= start and (state - d < stop or name == "share" or d == state > LONGEST_BRANCH)
+            if d and state - d <= start and (state - d < stop or d == state > LONGEST_BRANCH)
         }
         rest.append(gene.change(**over))
     return replace(genome, genes=fit_distances([*genome.genes[:start], *genes, *rest]))
@@ -2210,14 +2163,15 @@ LEVELS = {"convnet-4x256": convnet(4, 256), "gru-1x384": gru_net(1, 384), "mlp-4
 
 
 def pruned(genome: Genome) -> Genome:
-    """The same network without the genes that are no part of it."""
+    """The same network without the genes that are no part of it. The others keep their order: blocks stay whole."""
+    nodes = sorted(genome.network, key=lambda node: node.at)
+    states = [0, *(1 + nodes.index(node) for node in genome.network)]  # where each state of the network stands then
     genes = [
         node.gene.change(
-            input=1 if node.source is None else state - node.source,
-            skip=0 if node.skip is None else state - node.skip,
-            share=0 if node.owner is None else state - 1 - node.owner,
+            input=1 if node.source is None else state - states[node.source],
+            skip=0 if node.skip is None else state - states[node.skip],
         )
-        for state, node in enumerate(genome.network, start=1)
+        for state, node in enumerate(nodes, start=1)
     ]
     return replace(genome, genes=genes) if genes else genome
 
@@ -2249,7 +2203,7 @@ def without_table(gene: Gene) -> Gene:
 def grown(genome: Genome, times: int) -> Genome:
     """The design with its repeated run so many times more: (norm→attention→norm→gate)×6 is one of 6 + times layers.
 
-    Tables are not copied. Raises GenomeError where that is too many genes.
+    Tables are not copied. Raises GenomeError where that is too many genes, or no other network.
     """
     genome = pruned(genome)
     start, stop = repeated_run(genome)
@@ -2259,6 +2213,9 @@ def grown(genome: Genome, times: int) -> Genome:
             raise GenomeError(f"{len(design.genes) + stop - start} genes, over MAX_GENES = {MAX_GENES}")
         more = [without_table(gene) for gene in moved(genome, start, stop, to=at)]
         design = spliced(design, at, at, more)
+    if times > 0 and design.key == genome.key:
+        run = "→".join(gene.op for gene in genome.genes[start:stop])
+        raise GenomeError(f"{run} once more computes nothing new; tables are not copied")
     return pruned(design)
 
 

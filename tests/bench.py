@@ -585,8 +585,7 @@ def in_front(genome: Genome, *genes: Gene) -> Genome:
 def additions() -> dict[str, tuple[Genome, Genome]]:
     """What is added, with the gene that it changes -> a design without it and one with it.
 
-    t4 is a transformer of 4 layers, t4x2 the same layers twice, w the winner; all with tied heads,
-    so that tables have room.
+    t4 is a transformer of 4 layers, w the winner; both with tied heads, so that tables have room.
     """
     t4, w = transformer(4, 256, tied=True), dataclasses.replace(the_winner(), tied=True)
     made = {}
@@ -621,9 +620,6 @@ def additions() -> dict[str, tuple[Genome, Genome]]:
         made[f"t4: scale {scale} in every branch"] = t4, changed
     made["t4: stride 2 in every gate"] = t4, everywhere(t4, "gate", stride=2)
     made["t4: stride 2 in the last attention"] = t4, in_the_last(t4, "attention", stride=2)
-    twice = dataclasses.replace(t4, genes=[*t4.genes, *(gene.change(share=16) for gene in t4.genes)])
-    made["t4x2: shared weights, against 8 layers"] = transformer(8, 256, tied=True), twice
-    made["t4x2: shared weights, against 4 layers"] = t4, twice
     return made
 
 

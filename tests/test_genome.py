@@ -333,56 +333,49 @@ def test_growth_carries_links_to_the_embedding():
     assert ends_of_links(larger) == {0} and larger == linked(5)
 
 
-def test_what_shares_weights_is_changed_alike_half_the_time():
-    a = Gene("attention", 64, skip=1)
-    genome, outcomes = Genome((a, Gene("norm"), a.change(share=2), a.change(share=2)), embed_dim=64), []
-    assert genome.sharing_with(2) == genome.sharing_with(0) == [0, 2] and genome.sharing_with(3) == [3]  # not a norm's
-    for seed in range(400):
-        rng = random.Random(seed)
-        child = g.with_weights_changed(genome, rng, rng.choice((0, 2)), heads=4)
-        heads = [child.genes[i].heads for i in (0, 2)]
-        assert 4 in heads and child.genes[3] == genome.genes[3]
-        assert (heads == [4, 4]) == (child.network[2].owner == 0)
-        outcomes.append(heads == [4, 4])
-    assert 0.4 < sum(outcomes) / len(outcomes) < 0.6
-    for change in (g.change_trait, g.change_width, g.change_op):
-        pair, kept = Genome((a, a.change(share=1)), embed_dim=64), set()
-        for seed in range(100):
-            child = change(pair, random.Random(seed))
-            changed = [x.can_share(a) for x in child.genes] != [True, True] and all(x.dim for x in child.genes)
-            kept |= {child.network[-1].owner == 0} if changed else set()
-        assert kept == {False, True}
+def test_growth_is_by_a_layer_where_a_table_stands_behind_the_layers():
+    """The network runs the table first, as it reads none of them; written so, it would tie all layers together."""
+    table = (Gene("ngram", 64, gated=False), Gene("linear", 192, skip=2))
+
+    def genome(layers: int) -> Genome:
+        return Genome((*g.transformer(layers, 192).genes, *table), embed_dim=192)
+
+    assert genome(5).ops[0] == "ngram" and len(g.clean_cuts(genome(5))) == 12
+    assert g.pruned(genome(5)) == genome(5) and g.grown(genome(5), 1) == genome(6)
 
 
-def test_sharing_survives_what_is_put_or_cut_between():
-    a, rest = gene("linear"), (Gene("norm"), gene("gate"))
-    genome = Genome((a, *rest, a.change(share=3)), embed_dim=64)
-    for at in (1, 2, 3):
-        assert g.spliced(genome, at, at, [gene("ssm"), Gene("norm")]).genes[-1].share == 5, at
-    assert g.spliced(genome, 0, 0, [gene("linear")]).genes[-1].share == 3
-    assert g.spliced(genome, 1, 2, []).genes[-1].share == 2 and g.spliced(genome, 1, 3, []).genes[-1].share == 1
-    assert g.spliced(genome, 1, 3, [gene("ssm")] * 3).genes[-1].share == 4
-    assert [x.share for x in g.fit_distances([a.change(share=1), a.change(share=1), a.change(share=3)])] == [0, 1, 0]
-    assert g.spliced(genome, 0, 1, []).genes[-1].share == 0  # what it shared is gone
+def test_growth_that_changes_nothing_is_refused():
+    table = gene("ngram", gated=False)
+    for genes in ((table, table), (Gene("norm"),), (Gene("identity"),)):
+        genome = Genome(genes, embed_dim=64)
+        assert g.grown(genome, 0).key == genome.key
+        for times in (1, 2):
+            with pytest.raises(GenomeError, match=f"{genes[0].op} once more computes nothing new"):
+                g.grown(genome, times)
+
+
+def unplaced(network: tuple[g.Node, ...]) -> list[g.Node]:
+    """The nodes without what only says where in the genome their genes stand."""
+    return [node._replace(gene=node.gene.bare, at=0) for node in network]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pruning_keeps_the_network(seed):
-    rng, shared = random.Random(seed), 0
+def test_pruning_keeps_the_network_and_the_order(seed):
+    rng, less, reordered = random.Random(seed), 0, 0
     for genome in map(narrow, lineage(seed, 30)):
-        start, stop = g.random_run(genome, rng)
-        again = [x.change(share=stop - start) for x in g.moved(genome, start, stop, to=stop)]
-        genome = g.spliced(genome, stop, stop, again)
+        for _ in range(3):  # genes that nothing reads, and others that do not run in their order
+            genome = g.change_input(genome, rng)
         pruned = g.pruned(genome)
         if not genome.network:
             continue
         assert pruned.key == genome.key and pruned.num_params(VOCAB) == genome.num_params(VOCAB)
-        assert [n._replace(gene=n.gene.bare) for n in pruned.network] == [
-            n._replace(gene=n.gene.bare) for n in genome.network
-        ]
-        assert len(pruned.genes) == len(genome.network)
-        shared += any(node.owner is not None for node in genome.network)
-    assert shared > 15
+        assert unplaced(pruned.network) == unplaced(genome.network)
+        ran = [node.at for node in genome.network]
+        assert [x.bare for x in pruned.genes] == [genome.genes[at - 1].bare for at in sorted(ran)]
+        assert g.pruned(pruned) == pruned
+        less += len(ran) < len(genome.genes)
+        reordered += ran != sorted(ran)
+    assert less > 15 and reordered > 5
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -432,8 +425,7 @@ def test_key_ignores_the_order_of_unrelated_genes():
 
 def test_equal_keys_are_equal_networks():
     def network(genome):
-        nodes = [(n.gene.bare, *n[1:]) for n in genome._network(up_to_gains=True)]
-        return nodes, genome.embed_dim, genome.lr_factor, genome.tied
+        return unplaced(genome._network(up_to_gains=True)), genome.embed_dim, genome.lr_factor, genome.tied
 
     by_key = {}
     for seed in range(30):
@@ -475,141 +467,7 @@ def test_traits_that_do_nothing_are_settled():
         assert attention(**settled) == attention(**traits)
     assert gene("ngram", n=1) == gene("ngram", n=1, slots=32_768)
     assert gene("gate", scale="small") == gene("gate") != gene("gate", scale="small", skip=1)
-    assert Gene("norm", share=1) == Gene("norm") and gene("linear", share=1) != gene("linear")
     assert gene("ngram", gated=False, repeat=2, input=5) == gene("ngram", gated=False)
-
-
-def shared_and_not(*genes: Gene, embed_dim: int = 64) -> tuple[Genome, Genome]:
-    return Genome(genes, embed_dim), Genome([x.change(share=0) for x in genes], embed_dim)
-
-
-SHARED = {  # genes of which the second uses the weights of the first
-    "plain": (gene("linear"), gene("linear", share=1)),
-    "gains and projections of their own": (
-        gene("ssm", 128, skip=1, scale="channel"),
-        gene("ssm", 128, input=2, skip=2, scale="small", share=1),
-        Gene("identity", input=2, skip=1),
-    ),
-    "repeated at another width": (gene("linear", 128, repeat=2), gene("linear", 128, share=1)),
-    "with another activation, stride and scale": (
-        gene("gate", skip=1, scale="zero"),
-        gene("gate", skip=1, share=1, stride=2, activation="tanh", repeat=2),
-    ),
-    "a table": (gene("ngram", skip=1), gene("ngram", skip=2, share=1, scale="zero")),
-    "values": (gene("attention", values="token", skip=1), gene("attention", values="token", share=1)),
-}
-
-
-@pytest.mark.parametrize("case", SHARED)
-def test_shared_weights_are_one_and_all_else_is_not(case):
-    shared, plain = shared_and_not(*SHARED[case])
-    model, twin = build(shared), build(plain)
-    assert [node.owner for node in shared.network[:2]] == [None, 0] and shared.key != plain.key
-    assert sum(p.numel() for p in model.parameters()) == shared.num_params(VOCAB)
-    assert sum(p.numel() for p in twin.parameters()) == plain.num_params(VOCAB)
-    first, second, *_ = model.blocks
-    op = {id(p) for p in first.op.parameters()}
-    assert {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()} == op
-    saved = sum(p.numel() for p in first.op.parameters())
-    assert saved and plain.num_params(VOCAB) - shared.num_params(VOCAB) == saved
-    assert [n for n, _ in model.blocks[1].named_parameters()] == [n for n, _ in twin.blocks[1].named_parameters()]
-
-    starts = []
-    for genome in (shared, plain):
-        torch.manual_seed(0)
-        starts.append(Model(genome, VOCAB).blocks[0].op.state_dict())
-    assert all(torch.equal(p, starts[1][name]) for name, p in starts[0].items())  # whoever uses them as well
-
-    twin.load_state_dict(model.state_dict())  # the same weights, in two places
-    idx = tokens(2, 24)
-    logits = [m(idx) for m in (model, twin)]
-    assert torch.equal(*logits)
-    for m in (model, twin):
-        m(idx, idx.roll(-1, 1)).backward()
-    assert unused(model) == []
-    for name, p in first.op.named_parameters():
-        both = sum(dict(block.op.named_parameters())[name].grad for block in twin.blocks[:2])
-        torch.testing.assert_close(p.grad, both, rtol=1e-4, atol=1e-6)
-    with torch.no_grad():
-        for p in first.op.parameters():
-            p -= p.grad
-    before = twin(idx)
-    for block in twin.blocks[:2]:  # a step changes both places
-        assert not torch.equal(model(idx), twin(idx))
-        block.op.load_state_dict(first.op.state_dict())
-    assert torch.equal(model(idx), twin(idx)) and not torch.equal(model(idx), before)
-
-
-@pytest.mark.parametrize("case", SHARED)
-def test_shared_weights_are_saved_and_loaded(case):
-    from safetensors.torch import load, save
-
-    torch.manual_seed(0)
-    shared, _ = shared_and_not(*SHARED[case])
-    model, again, idx = build(shared), Model(shared, VOCAB), tokens(1, 20)
-    again.load_state_dict(load(save({name: p.clone() for name, p in model.state_dict().items()})))
-    assert torch.equal(model(idx), again(idx))
-    assert again.blocks[0].op is again.blocks[1].op
-
-
-NOT_SHARED = {
-    "another op": (gene("linear"), gene("ssm", share=1)),
-    "other traits": (gene("attention"), gene("attention", heads=4, share=1)),
-    "another width": (gene("linear", 128), gene("linear", share=1)),
-    "another width that it reads": (gene("linear", 128), gene("linear", 128, share=1)),
-    "another width that its op reads": (gene("linear", 128), gene("linear", 128, repeat=2, share=1)),
-    "nothing with weights": (Gene("norm"), Gene("norm", share=1)),
-}
-
-
-@pytest.mark.parametrize("case", NOT_SHARED)
-def test_weights_that_do_not_fit_are_ones_own(case):
-    shared, plain = shared_and_not(*NOT_SHARED[case])
-    assert shared.key == plain.key and shared.num_params(VOCAB) == plain.num_params(VOCAB)
-    assert [node.owner for node in shared.network] == [None, None]
-    assert torch.equal(build(shared)(tokens(1, 20)), build(plain)(tokens(1, 20)))
-    assert len({id(p) for p in build(shared).parameters()}) == len(list(build(plain).parameters()))
-
-
-def test_the_first_of_a_chain_owns_the_weights():
-    a, norm = gene("linear"), Gene("norm", activation="relu")
-
-    def genome(*shares, dead=0):
-        genes = [x for share in shares for x in (a.change(share=share), norm)]
-        if dead:  # what reads past them leaves the first ones out
-            genes[2 * dead] = genes[2 * dead].change(input=2 * dead + 1)
-        return Genome(genes, embed_dim=64)
-
-    owners = {shares: [n.owner for n in genome(*shares).network[::2]] for shares in product((0,), (0, 2), (0, 2, 4))}
-    assert owners == {
-        (0, 0, 0): [None, None, None],
-        (0, 0, 2): [None, None, 2],
-        (0, 0, 4): [None, None, 0],
-        (0, 2, 0): [None, 0, None],
-        (0, 2, 2): [None, 0, 0],
-        (0, 2, 4): [None, 0, 0],
-    }
-    keys = {shares: genome(*shares).key for shares in owners}
-    assert keys[0, 2, 2] == keys[0, 2, 4] and len(set(keys.values())) == 5  # who owns is part of the key
-
-    # The first gene is dead: the next one that lives owns, and the key is that of the network without the dead.
-    for shares, live in (((0, 2, 2), (0, 2)), ((0, 2, 4), (0, 2)), ((0, 0, 4), (0, 0))):
-        left = genome(*shares, dead=1)
-        assert [n.owner for n in left.network[::2]] == [None, 0 if live[1] else None]
-        assert left.key == genome(*live).key and left.num_params(VOCAB) == genome(*live).num_params(VOCAB)
-        assert torch.equal(build(left)(tokens(1, 20)), build(genome(*live))(tokens(1, 20)))
-
-    # A gene of another width between does not break the chain, and one of another op does.
-    b = gene("linear", 128)
-    through = Genome((b, norm, b.change(share=2), b.change(share=1, input=4)), embed_dim=64)
-    assert through.network[-1].gene.share == 1 and through.first_of_chain(3) == 0
-    broken = Genome((a, gene("gate", share=1), a.change(share=1)), embed_dim=64)
-    assert [n.owner for n in broken.network] == [None, None, None]
-
-    # What runs first owns, whichever gene stands first.
-    back = Genome((a, a.change(input=2, share=1), Gene("identity", skip=2)), embed_dim=64)
-    assert [(n.gene.share, n.owner) for n in back.network] == [(1, None), (0, 0), (0, None)]
-    assert torch.equal(build(back)(tokens(1, 9)), build(g.pruned(back))(tokens(1, 9)))
 
 
 CHANGES = [(op, name, choice) for op in OPS for name, choices in OPS[op].traits.items() for choice in choices[1:]]
@@ -654,7 +512,7 @@ def test_no_combination_of_traits_sees_the_future(op, count):
     rng, genomes = random.Random(op), []
     for n in range(count):
         x = random_trait_gene(rng, op, stride=rng.choice((1, 1, 2, 4)))
-        again = x.change(share=1, stride=rng.choice(g.WIRING["stride"]), skip=rng.choice((0, 1)), scale="small")
+        again = x.change(stride=rng.choice(g.WIRING["stride"]), skip=rng.choice((0, 1)), scale="small")
         genomes.append(Genome((x, again) if n % 4 == 0 else (x,), embed_dim=64))
     leaking = [leaks(genome, 80, (1, 63, 64, 79)) for genome in genomes]
     assert not any(leaking), [x for x, leak in zip(genomes, leaking, strict=True) if leak]
@@ -738,7 +596,7 @@ def test_an_op_cannot_take_the_name_of_another(base):
     assert OPS["norm"] is norm
 
 
-@pytest.mark.parametrize("trait", sorted({*g.RESERVED, "op", "dim", "input", "skip", "share", "frame", *g.WIRING}))
+@pytest.mark.parametrize("trait", sorted({*g.RESERVED, "op", "dim", "input", "skip", "frame", *g.WIRING}))
 def test_a_trait_cannot_take_the_name_of_something_else(trait):
     with pytest.raises(ValueError, match=f"Clash: {trait} "):
 
@@ -939,12 +797,11 @@ def test_what_reads_tokens_and_embedding_is_compiled(ran):
         Gene("attention", 64, skip=1, values="token"),
         Gene("attention", 64, skip=1, values="embedding", window=64),
         Gene("gate", 64, skip=1, stride=2, gated=False),
-        Gene("gate", 64, skip=1, stride=4, gated=False, share=1),
-        Gene("gate", 64, skip=1, stride=4, gated=False, share=1, scale="small"),
-        Gene("gate", 64, skip=1, stride=4, gated=False, share=2),
+        Gene("gate", 64, skip=1, stride=4, gated=False),
+        Gene("gate", 64, skip=1, stride=4, gated=False, scale="small"),
+        Gene("gate", 64, skip=1, stride=4, gated=False),
     )
     model, idx = build(Genome(genes, embed_dim=64)), tokens(2, 16)
-    assert [node.owner for node in model.genome.network[4:]] == [None, 4, 4, 4]
     expected = model(idx, idx)
     expected.backward()
     grads = [p.grad for p in model.parameters()]
@@ -952,9 +809,7 @@ def test_what_reads_tokens_and_embedding_is_compiled(ran):
     assert model.compile(2, 16) == "" and ran == []
     assert [key[0] for key in g.COMPILED] == ["embed", *["ngram"] * 2, *["attention"] * 2, *["gate"] * 3, "head"]
     loss = model(idx, idx)
-    assert (
-        len(ran) == 10 and len(set(map(id, ran))) == 9
-    )  # whose weights they are does not matter, nor is it found late
+    assert len(ran) == 10 and len(set(map(id, ran))) == 9
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close([p.grad for p in model.parameters()], grads)
@@ -969,7 +824,7 @@ def test_what_is_compiled_depends_on_which_inputs_are_one_tensor(ran, reader):
             x.change(input=4),  # it reads the embedding
             x.change(skip=5),  # it is added to the embedding
             x,
-            x.change(skip=3, share=1),
+            x.change(skip=3),
         )
 
     for of, parts in (("stream ids embedding", 5), ("stream", 2), ("ids", 1), ("ids embedding", 2)):
@@ -1011,10 +866,9 @@ def test_what_the_machine_lacks_is_raised_and_forgotten(ran, monkeypatch, error)
 
 
 def test_every_parameter_is_in_one_group():
-    tables = Genome((gene("ngram", n=1), gene("ngram", share=1), gene("attention", values="bigram", share=1)))
-    shared = [Genome(genes, embed_dim=64) for genes in SHARED.values()]
+    tables = Genome((gene("ngram", n=1), gene("ngram"), gene("attention", values="bigram")))
     tied = replace(g.transformer(1, 64, 4), embed_dim=128, tied=True)
-    for genome in (*lineage(6, 20), tied, tables, *shared):
+    for genome in (*lineage(6, 20), tied, tables):
         model = Model(genome, VOCAB)
         groups = model.parameter_groups()
         found = [*groups.matrices, *groups.vectors, *groups.tables, *([] if groups.head is None else [groups.head])]
@@ -1487,9 +1341,20 @@ def test_a_gene_of_before_means_the_same(op):
         (read,) = Genome.from_json(text).genes
         new = {name: value for name, value in read.traits if name not in BEFORE[op]}
         assert new == NONE_OF_IT.get(op, {}) and set(dict(read.traits)) == {*BEFORE[op], *new}
-        assert read.scale == ("channel" if scale else "none") and (read.stride, read.share) == (1, 0)
+        assert read.scale == ("channel" if scale else "none") and read.stride == 1
         assert read == Gene(**{**written, "repeat": 2, "scale": "channel" if scale else "none", **known})
         assert Genome.from_json(Genome((read,)).to_json()).genes == (read,)
+
+
+def test_shared_weights_are_refused():
+    """A `share` of 0 had none: it stands in each gene of earlier files."""
+
+    def written(share):
+        return json.dumps({"genes": [{"op": "linear", "dim": 64}, {"op": "linear", "dim": 64, "share": share}]})
+
+    assert Genome.from_json(written(0)).genes == (gene("linear"), gene("linear"))
+    with pytest.raises(GenomeError, match=r"genes\[1\]: linear.share: shared weights are no longer part of genesis"):
+        Genome.from_json(written(1))
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(HERE)))
@@ -1508,7 +1373,7 @@ def test_a_published_record_is_read_as_it_was_written(path, monkeypatch):
 def test_the_published_winner_is_read():
     data = json.loads((HERE / "runs/seed0-5s/best_genome.json").read_text(encoding="utf-8"))
     genome = Genome.from_dict(data["genome"])
-    assert genome.summary == data["summary"] and not any(x.share or x.stride > 1 for x in genome.genes)
+    assert genome.summary == data["summary"] and not any(x.stride > 1 for x in genome.genes)
 
 
 GOOD = {"genes": [{"op": "attention", "dim": 256, "heads": 4}]}

@@ -849,9 +849,7 @@ def test_what_a_run_began_with_is_listed():
     assert "Generation 0 began with what was known: 000000000000 norm→ssm&#59; 000000000001 norm→ssm" in text
 
 
-def test_shared_weights_are_a_feature():
-    genome = Genome((Gene("gate", 64), Gene("gate", 64, share=1)), embed_dim=64)
-    assert ("any", "share", True) in evolve.features(genome)
+def test_features_by_hand():
     assert evolve.features(Genome((Gene("gate", 64, kind="gelu", stride=2),), embed_dim=64, tied=True)) == {
         ("gate",), ("gate", "kind", "gelu"), ("any", "stride", 2), ("genome", "tied", True),
         ("genome", "embed_dim", 64),

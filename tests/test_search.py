@@ -278,9 +278,7 @@ def test_pieces_and_likeness():
     assert belief.likeness(transformer(1, 256)) == pytest.approx([0, 0])
 
 
-def test_parts_of_shared_weights_and_of_nothing():
-    shared = Genome([Gene("gate", 64), Gene("gate", 64, share=1)], embed_dim=64)
-    assert evolve.parts(shared, VOCAB)["gate", "share", True] == 0.75
+def test_parts_of_nothing():
     assert evolve.parts(Genome([Gene("identity")], embed_dim=64), VOCAB)["pair", "", ""] == 0.35
 
 
