@@ -2574,7 +2574,7 @@ def target_evaluations(rows: list[Result], settings: Settings, vocab_size: int) 
 
 
 def growth(genome: Genome, times: int, settings: Settings, vocab_size: int) -> Genome:
-    """The design grown, with its head tied where that makes room. Raises GenomeError where it is too large."""
+    """The design grown, with its head tied where that makes room. Raises GenomeError where it cannot grow."""
     design = grown(genome, times)
     for same in (design, dataclasses.replace(design, tied=True)):
         if is_small(same, settings, vocab_size):

@@ -2180,7 +2180,7 @@ def repeated_run(genome: Genome) -> tuple[int, int]:
     """The longest run of whole blocks that stands twice in a row: where the last time of it starts and ends.
 
     Blocks are what lies between clean cuts, and are alike where their ops and widths are. A run that is a shorter one
-    several times over does not count, nor does one of norms alone. Where nothing repeats it is all there is.
+    several times over does not count, nor does one of norms or tables alone. Where nothing repeats it is all there is.
     """
     cuts = clean_cuts(genome)
     blocks = [[(gene.op, gene.dim) for gene in genome.genes[a:b]] for a, b in itertools.pairwise(cuts)]
@@ -2188,7 +2188,8 @@ def repeated_run(genome: Genome) -> tuple[int, int]:
         for i in range(len(blocks) - size, size - 1, -1):
             run = blocks[i : i + size]
             shorter = any(size % n == 0 and run == run[:n] * (size // n) for n in range(1, size))
-            computes = any(op not in ("norm", "identity") for block in run for op, _ in block)
+            genes = genome.genes[cuts[i] : cuts[i + size]]
+            computes = any(without_table(gene).op not in ("norm", "identity") for gene in genes)
             if run == blocks[i - size : i] and computes and not shorter:
                 return cuts[i], cuts[i + size]
     return 0, len(genome.genes)

@@ -354,6 +354,14 @@ def test_growth_that_changes_nothing_is_refused():
                 g.grown(genome, times)
 
 
+def test_tables_alone_are_no_run_to_grow_by():
+    """Two of one width in a row, in front of what computes."""
+    tables, layer = (gene("ngram"), gene("ngram", n=3)), g.transformer(1, 64).genes
+    assert g.grown(Genome((*tables, *layer, *layer), embed_dim=64), 1) == Genome((*tables, *layer * 3), embed_dim=64)
+    genome = Genome((*tables, *layer), embed_dim=64)
+    assert g.repeated_run(genome) == (0, 6) and g.grown(genome, 1).ops.count("attention") == 2
+
+
 def unplaced(network: tuple[g.Node, ...]) -> list[g.Node]:
     """The nodes without what only says where in the genome their genes stand."""
     return [node._replace(gene=node.gene.bare, at=0) for node in network]
