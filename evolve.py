@@ -4076,9 +4076,10 @@ def in_time(
             free = [0.0] * pool.gpus  # when each will be, in seconds from now
             for task in ahead + wanted:
                 heapq.heapreplace(free, free[0] + cost(task))
-            if max(free) + SPARE <= ends - time.monotonic():
+            left = ends - time.monotonic() - SPARE
+            if max(free) <= left:
                 break
-            if not ahead:
+            if not ahead or left < 0:
                 return
             yield None
         begun += wanted

@@ -1625,6 +1625,11 @@ def test_who_ends_early_leaves_time_for_another(monkeypatch):
     rows.append(fake(tasks[1], seconds=10.0, outside=2.0))
     assert next(begun, "the end") == "the end", "nothing is under way, and nothing can end in time"
 
+    begun = evolve.in_time(tasks, rows, s, SimpleNamespace(gpus=1), 17.0 + 20.0 + evolve.SPARE)
+    assert [next(begun), next(begun)] == [tasks[0], None]
+    now[0] = 37.1  # what came of it is not recorded: a crash is held back
+    assert next(begun, "the end") == "the end", "it does not wait for ever"
+
 
 @pytest.mark.parametrize("stage", ["final", "long", "passes"])
 def test_the_candidates_of_a_seed_are_trained_together_or_not_at_all(monkeypatch, stage):
