@@ -119,8 +119,8 @@ WORKERS: CountOr0 = 0  # processes: one trains, the others compile; 0: as many a
 DEADLINE: Count = 300  # seconds that building and compiling may take; training and scoring: plus twice the budget
 
 DEMO = dict(  # the same program on a small scale: what --demo sets; tokens for seconds, so that it runs alike anywhere
-    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=4, token_budget=4_096,
-    max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=4_096, finalists=1, final_seeds=2, long_factor=2.0,
+    population_size=5, survivors=2, repeats=2, immigrants=0, max_generations=4, baseline_trials=4, token_budget=3_072,
+    max_params=3_000_000, batch_tokens=256, seq_len=128, eval_tokens=2_048, finalists=1, final_seeds=2, long_factor=2.0,
     long_seeds=2, ablation_seeds=2,
 )  # fmt: skip
 # what may change within a run
