@@ -2188,10 +2188,10 @@ def repeated_run(genome: Genome) -> tuple[int, int]:
         for i in range(len(blocks) - size, size - 1, -1):
             run = blocks[i : i + size]
             shorter = any(size % n == 0 and run == run[:n] * (size // n) for n in range(1, size))
-            genes = genome.genes[cuts[i] : cuts[i + size]]
-            computes = any(without_table(gene).op not in ("norm", "identity") for gene in genes)
-            if run == blocks[i - size : i] and computes and not shorter:
-                return cuts[i], cuts[i + size]
+            start, stop = cuts[i], cuts[i + size]
+            again = run == blocks[i - size : i] and not shorter
+            if again and any(without_table(gene).op not in ("norm", "identity") for gene in genome.genes[start:stop]):
+                return start, stop
     return 0, len(genome.genes)
 
 

@@ -21,14 +21,20 @@ def log(name: str) -> str:
     return (ROOT / "runs" / "bench" / name).read_text(encoding="utf-8")
 
 
-def final(folder: Path) -> list[evolve.Standing]:
-    header, _, rows = evolve.read_results((folder / "results.tsv").read_bytes())
+def record(folder: str) -> tuple[dict, list[evolve.Result]]:
+    """The header and the rows of a run, by its folder in runs/."""
+    header, _, rows = evolve.read_results((ROOT / "runs" / folder / "results.tsv").read_bytes())
+    return header, rows
+
+
+def final(folder: str) -> list[evolve.Standing]:
+    header, rows = record(folder)
     settings = evolve.settings_of(header, rows)
     return evolve.outcome_of_record(rows, settings, evolve.vocab_size_of(header)).final
 
 
 def test_the_result_is_that_of_the_records():
-    ours, theirs = final(ROOT / "runs/seed0-5s"), final(ROOT / "runs/random-5s")
+    ours, theirs = final("seed0-5s"), final("random-5s")
     baseline = next(s for s in ours if evolve.family_of(s.id))
     for standing, words in ((ours[0], "evolution: "), (baseline, "transformers"), (theirs[0], "random search")):
         (line,) = [line for line in section(README, "What was found").splitlines() if words in line and line[0] == "|"]
@@ -37,7 +43,7 @@ def test_the_result_is_that_of_the_records():
 
 
 def test_the_console_in_the_readme_is_that_of_the_record():
-    rows = evolve.read_results((ROOT / "runs/seed0-5s/results.tsv").read_bytes())[2]
+    rows = record("seed0-5s")[1]
     known = {" ".join(evolve.result_text(row).split()) for row in rows}
     shown = section(README, "What you see, and what you read in the morning")
     for line in re.findall(r"^    (g\d+\.\d+ .*)$", shown, re.MULTILINE):
@@ -100,7 +106,7 @@ def test_two_rows_of_the_table_of_ops_say_what_tables_are_worth():
 
 
 def test_the_finals_are_those_of_the_records():
-    folders = [path.parent for path in (ROOT / "runs").glob("*/results.tsv")]
+    folders = [path.parent.name for path in (ROOT / "runs").glob("*/results.tsv")]
     reached = {(str(s.test), str(s.val)) for folder in folders for s in final(folder)}
     tables = section(RUNS, "The finals") + section(RUNS, "The transformers")
     quoted = re.findall(r"\| (1\.\d{4} ± 0\.\d{4}) \| (1\.\d{4} ± 0\.\d{4}) \|", tables)
@@ -156,8 +162,7 @@ def test_the_table_of_pairs_is_that_of_the_records():
     for seed in lines:
         best, noise, parts = [], [], []
         for n in (1, 50):
-            path = ROOT / "runs" / "pairs-5s" / f"seed{seed}-prescreen{n}" / "results.tsv"
-            header, _, rows = evolve.read_results(path.read_bytes())
+            header, rows = record(f"pairs-5s/seed{seed}-prescreen{n}")
             assert (header["prescreen"], header["seed"], len(rows)) == (n, int(seed), 144)
             best.append(evolve.searched(rows)[0])
             noise.append(f"{evolve.noise_floor(rows):.4f}")

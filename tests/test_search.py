@@ -485,7 +485,7 @@ def found_by(prescreen: int, score, seeds: int, generations: int) -> list[float]
 
 def test_parts_that_help_are_found_sooner():
     with_draw, without = (found_by(n, helpful, seeds=8, generations=5) for n in (30, 1))
-    assert statistics.fmean(with_draw) < statistics.fmean(without) - 0.005
+    assert statistics.fmean(with_draw) < statistics.fmean(without) - 0.01
 
 
 def test_a_trap_is_left_sometimes():
