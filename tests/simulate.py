@@ -1,7 +1,7 @@
 """tests/simulate.py: which search finds most, on made-up landscapes, by hand and on the CPU.
 
     uv run tests/simulate.py                                    every strategy, with and without prescreen, 20 seeds
-    uv run tests/simulate.py --seeds 4 elites "elites repeats=1 prescreen=10"        only these searches
+    uv run tests/simulate.py --seeds 4 elites "elites repeats=1 prescreen=50"        only these searches
     uv run tests/simulate.py --records                          what the belief would have foretold in published runs
 
 Each search is evolve.py's own breeding, in the space of genome.py, for 16 generations of 12; only training is made up.
@@ -218,7 +218,8 @@ def main():
     parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--processes", type=int, default=evolve.cpu_cores())
     strategies = [*evolve.SELECTION, "random"]
-    defaults = [f"{name} prescreen=1" for name in strategies] + [name for name in evolve.SELECTION if name != "drift"]
+    defaults = [f"{name} prescreen=1" for name in strategies]
+    defaults += [f"{name} prescreen=50" for name in evolve.SELECTION if name != "drift"]
     parser.add_argument("arms", nargs="*", default=defaults)
     parser.add_argument("--records", action="store_true")
     args = parser.parse_args()
