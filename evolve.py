@@ -3136,11 +3136,12 @@ def draw_scores(
         low, high = ([b + side * noise for b in best] for side in (-1, 1))
         label = f"± noise floor, {noise:.4f}"
         axis.fill_between(generations, low, high, color=COLOURS[0], alpha=0.2, lw=0, label=label)
-    label = "baselines, best of each kind"
-    for name, level in levels.items():
+    label, place = "baselines, best of each kind", bottom
+    for name, level in levels.items():  # the best first
         if level <= top:
             axis.axhline(level, color="#555555", lw=1, ls=":", label=label)
-            axis.annotate(f" {name} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), va="center")
+            place = max(level, place + 0.05 * (top - bottom))  # no name over another
+            axis.annotate(f" {name} {level:.2f}", (1, place), xycoords=("axes fraction", "data"), va="center")
             label = None
     if worse := [f"{name} {level:.2f}" for name, level in levels.items() if level > top]:
         axis.text(1, 0.96, f"far above: {', '.join(worse)}", transform=axis.transAxes, ha="right", va="top")

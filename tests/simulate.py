@@ -35,7 +35,7 @@ from genome import OPS, Genome
 
 VOCAB = 8_192
 RECORDS = ("seed0-5s", "seed1-5s", "random-5s", "drift-5s")
-PAIRS_OF_RUNS = [f"pairs-5s/seed{seed}-prescreen{n}" for seed in (11, 12, 13) for n in (1, 50)]
+PAIRS_OF_RUNS = [f"pairs-5s/seed{seed}-prescreen{n}" for seed in (11, 12, 13, 14) for n in (1, 50)]
 NOISE = evolve.NOISE  # of an evaluation
 NOISE_AT = {3: 0.012, 5: 0.006}  # of the outlook after so many tenths, beside that
 MISFIT = 0.003  # standard deviation of what no sum explains, and which no two genomes share
