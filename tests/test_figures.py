@@ -42,6 +42,12 @@ def test_the_result_is_that_of_the_records():
         assert standing is baseline or standing.genome.summary in line
 
 
+def test_the_report_in_the_root_is_that_of_the_record():
+    header, _, rows = evolve.read_results((ROOT / "results.tsv").read_bytes())
+    settings, controls = evolve.settings_of(header, rows), evolve.find_controls(ROOT, header)
+    assert evolve.report(rows, header, settings, controls, pictured=True) == (ROOT / "report.md").read_text("utf-8")
+
+
 def test_the_console_in_the_readme_is_that_of_the_record():
     rows = record("seed0-5s")[1]
     known = {" ".join(evolve.result_text(row).split()) for row in rows}
@@ -175,7 +181,7 @@ def test_the_table_of_pairs_is_that_of_the_records():
 def test_what_the_regression_foretells_is_what_the_log_says():
     names = {"seed 0": ["seed0-5s"], "seed 1": ["seed1-5s"]}
     names |= {f"{name} control": [f"{name}-5s"] for name in ("random", "drift")}
-    for n in (11, 12, 13):
+    for n in (11, 12, 13, 14):
         names[f"pair of seed {n}, PRESCREEN 1 / 50"] = [f"pairs-5s/seed{n}-prescreen{k}" for k in (1, 50)]
     measured = {
         name: (belief, parents if parents == "None" else f"{float(parents):.2f}", n)
