@@ -1,10 +1,10 @@
 """tests/simulate.py: which search finds most, on made-up landscapes, by hand and on the CPU.
 
-    uv run tests/simulate.py                                    every strategy, with and without prescreen, 20 seeds
+    uv run tests/simulate.py                       every strategy, with and without prescreen and repeats: some hours
     uv run tests/simulate.py --seeds 4 elites "elites repeats=1 prescreen=50"        only these searches
     uv run tests/simulate.py --records                          what the belief would have foretold in published runs
 
-Each search is evolve.py's own breeding, in the space of genome.py, for 16 generations of 12; only training is made up.
+Each search is evolve.py's own breeding, in the space of genome.py, for 25 generations of 12; only training is made up.
 A landscape says what each genome would score: what a ridge regression finds in the records of published runs, with
 parts planted on top. Of these some help, some do nothing, more of them harm; some act only in front of attention or
 only together, one pair harms alone and helps together; and part of each genome's score is no sum of anything, but
@@ -214,12 +214,13 @@ def arm_of(text: str) -> tuple[dict, dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--generations", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--generations", type=int, default=25)
     parser.add_argument("--processes", type=int, default=evolve.cpu_cores())
-    strategies = [*evolve.SELECTION, "random"]
-    defaults = [f"{name} prescreen=1" for name in strategies]
-    defaults += [f"{name} prescreen=50" for name in evolve.SELECTION if name != "drift"]
+    searches = [name for name in evolve.SELECTION if name != "drift"]
+    defaults = [f"{name} prescreen=1" for name in (*searches, "drift", "random")]
+    defaults += [f"{name} prescreen=50" for name in searches]
+    defaults += [f"{name} prescreen={n} repeats=1" for n in (1, 50) for name in searches]
     parser.add_argument("arms", nargs="*", default=defaults)
     parser.add_argument("--records", action="store_true")
     args = parser.parse_args()
