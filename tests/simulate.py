@@ -35,7 +35,8 @@ from genome import OPS, Genome
 
 VOCAB = 8_192
 RECORDS = ("seed0-5s", "seed1-5s", "random-5s", "drift-5s")
-PAIRS_OF_RUNS = [f"pairs-5s/seed{seed}-prescreen{n}" for seed in (11, 12, 13, 14) for n in (1, 50)]
+RUNS = Path(evolve.__file__).parent / "runs"
+PAIRS_OF_RUNS = sorted(f"pairs-5s/{path.name}" for path in RUNS.glob("pairs-5s/*"))
 NOISE = evolve.NOISE  # of an evaluation
 NOISE_AT = {3: 0.012, 5: 0.006}  # of the outlook after so many tenths, beside that
 MISFIT = 0.003  # standard deviation of what no sum explains, and which no two genomes share
@@ -56,7 +57,7 @@ def normal(*what) -> float:
 
 def rows_of(name: str) -> list[evolve.Result]:
     """The rows of a record in runs/."""
-    return evolve.read_results((Path(evolve.__file__).parent / "runs" / name / "results.tsv").read_bytes())[2]
+    return evolve.read_results((RUNS / name / "results.tsv").read_bytes())[2]
 
 
 @functools.cache

@@ -21,9 +21,14 @@ def log(name: str) -> str:
     return (ROOT / "runs" / "bench" / name).read_text(encoding="utf-8")
 
 
+def in_one_line(text: str) -> str:
+    """However its lines are broken."""
+    return " ".join(text.split())
+
+
 def record(folder: str) -> tuple[dict, list[evolve.Result]]:
-    """The header and the rows of a run, by its folder in runs/."""
-    header, _, rows = evolve.read_results((ROOT / "runs" / folder / "results.tsv").read_bytes())
+    """The header and the rows of a run, by its folder."""
+    header, _, rows = evolve.read_results((ROOT / folder / "results.tsv").read_bytes())
     return header, rows
 
 
@@ -34,7 +39,7 @@ def final(folder: str) -> list[evolve.Standing]:
 
 
 def test_the_result_is_that_of_the_records():
-    ours, theirs = final("seed0-5s"), final("random-5s")
+    ours, theirs = final("runs/seed0-5s"), final("runs/random-5s")
     baseline = next(s for s in ours if evolve.family_of(s.id))
     for standing, words in ((ours[0], "evolution: "), (baseline, "transformers"), (theirs[0], "random search")):
         (line,) = [line for line in section(README, "What was found").splitlines() if words in line and line[0] == "|"]
@@ -43,13 +48,13 @@ def test_the_result_is_that_of_the_records():
 
 
 def test_the_report_in_the_root_is_that_of_the_record():
-    header, _, rows = evolve.read_results((ROOT / "results.tsv").read_bytes())
+    header, rows = record(".")
     settings, controls = evolve.settings_of(header, rows), evolve.find_controls(ROOT, header)
     assert evolve.report(rows, header, settings, controls, pictured=True) == (ROOT / "report.md").read_text("utf-8")
 
 
 def test_the_console_in_the_readme_is_that_of_the_record():
-    rows = record("seed0-5s")[1]
+    rows = record("runs/seed0-5s")[1]
     known = {" ".join(evolve.result_text(row).split()) for row in rows}
     shown = section(README, "What you see, and what you read in the morning")
     for line in re.findall(r"^    (g\d+\.\d+ .*)$", shown, re.MULTILINE):
@@ -64,7 +69,7 @@ def test_the_constants_in_the_readme_are_the_defaults():
         f"After {evolve.MAX_GENERATIONS} generations",
         f"`TIME_BUDGET = {evolve.TIME_BUDGET:.0f}` is `--time-budget {evolve.TIME_BUDGET:.0f}`",
     ):
-        assert text in " ".join(README.split())
+        assert text in in_one_line(README)
 
 
 def test_the_milliseconds_of_ops_are_those_of_the_log():
@@ -111,7 +116,7 @@ def test_two_rows_of_the_table_of_ops_say_what_tables_are_worth():
 
 
 def test_the_finals_are_those_of_the_records():
-    folders = [path.parent.name for path in (ROOT / "runs").glob("*/results.tsv")]
+    folders = [str(path.parent) for path in ROOT.glob("runs/*/results.tsv")]
     reached = {(str(s.test), str(s.val)) for folder in folders for s in final(folder)}
     tables = section(RUNS, "The finals") + section(RUNS, "The transformers")
     quoted = re.findall(r"\| (1\.\d{4} ± 0\.\d{4}) \| (1\.\d{4} ± 0\.\d{4}) \|", tables)
@@ -142,7 +147,7 @@ def test_the_table_of_the_frame_is_that_of_the_logs():
 
 
 def test_what_inheritance_is_worth_is_what_the_log_says():
-    text = " ".join(section(RUNS, "Do inherited weights tell more than a short trial?").split())
+    text = in_one_line(section(RUNS, "Do inherited weights tell more than a short trial?"))
     quoted, measured = (re.findall(r"0\.\d\d \(0\.\d\d to 0\.\d\d\)", t) for t in (text, log("inherit-h200.log")))
     assert quoted == measured and len(quoted) == 2
 
@@ -167,7 +172,7 @@ def test_the_table_of_pairs_is_that_of_the_records():
     for seed in lines:
         best, noise, parts = [], [], []
         for n in (1, 50):
-            header, rows = record(f"pairs-5s/seed{seed}-prescreen{n}")
+            header, rows = record(f"runs/pairs-5s/seed{seed}-prescreen{n}")
             assert (header["prescreen"], header["seed"], len(rows)) == (n, int(seed), 144)
             best.append(evolve.searched(rows)[0])
             noise.append(f"{evolve.noise_floor(rows):.4f}")
@@ -197,15 +202,14 @@ def test_what_the_regression_foretells_is_what_the_log_says():
 
 
 def test_which_strategy_finds_most_is_what_the_log_says():
-    text, n = section(RUNS, "Which search finds most"), 0
-    for line in log("strategies.log").splitlines()[1:]:
+    text, (_, *lines) = section(RUNS, "Which search finds most"), log("strategies.log").splitlines()
+    assert len(lines) == 24
+    for line in lines:
         name, searched, score, difference = re.match(r"(\w+) (\S+(?: repeats=1)?) +(\S+) +(\S+ ± \S+)", line).groups()
         (told,) = re.findall(rf"^\| (?:control )?{name} \| 1.*$", text, re.MULTILINE)
         if searched == "prescreen=50 repeats=1":  # of elites alone, in a sentence
-            assert f"with 50 {score} (" in " ".join(text.split())
+            assert f"with 50 {score} (" in in_one_line(text)
         elif "repeats" in searched:
             assert told.split("|")[4].strip() == score
         else:
             assert f"| {score} |" in told and (difference == "0.0000 ± 0.0000" or difference in told)
-        n += 1
-    assert n == 24
