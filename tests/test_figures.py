@@ -186,7 +186,7 @@ def test_the_table_of_pairs_is_that_of_the_records():
 def test_what_the_regression_foretells_is_what_the_log_says():
     names = {"seed 0": ["seed0-5s"], "seed 1": ["seed1-5s"]}
     names |= {f"{name} control": [f"{name}-5s"] for name in ("random", "drift")}
-    for n in (11, 12, 13, 14):
+    for n in (11, 12, 13, 14, 15):
         names[f"pair of seed {n}, PRESCREEN 1 / 50"] = [f"pairs-5s/seed{n}-prescreen{k}" for k in (1, 50)]
     measured = {
         name: (belief, parents if parents == "None" else f"{float(parents):.2f}", n)
@@ -203,13 +203,11 @@ def test_what_the_regression_foretells_is_what_the_log_says():
 
 def test_which_strategy_finds_most_is_what_the_log_says():
     text, (_, *lines) = section(RUNS, "Which search finds most"), log("strategies.log").splitlines()
-    assert len(lines) == 24
+    assert len(lines) == 30  # seven strategies in four ways, and two controls
+    column = {"prescreen=1": 2, "prescreen=1 repeats=1": 4, "prescreen=50": 5, "prescreen=50 repeats=1": 7}
     for line in lines:
         name, searched, score, difference = re.match(r"(\w+) (\S+(?: repeats=1)?) +(\S+) +(\S+ ± \S+)", line).groups()
         (told,) = re.findall(rf"^\| (?:control )?{name} \| 1.*$", text, re.MULTILINE)
-        if searched == "prescreen=50 repeats=1":  # of elites alone, in a sentence
-            assert f"with 50 {score} (" in in_one_line(text)
-        elif "repeats" in searched:
-            assert told.split("|")[4].strip() == score
-        else:
-            assert f"| {score} |" in told and (difference == "0.0000 ± 0.0000" or difference in told)
+        cells = [cell.strip() for cell in told.split("|")]
+        assert cells[column[searched]] == score
+        assert "repeats" in searched or cells[column[searched] + 1] == difference.removeprefix("0.0000 ± 0.0000")
