@@ -3,8 +3,8 @@
     uv run tests/kill_run.py OUT DATA_DIR KILLS SEED
 
 Prints JSON: how many kills fell while what was done, and each difference between the two records (none, if all is
-well). A process of its own: it forks the runs, so it must not have used torch's threads before. test_evolve.py runs it
-with few kills, `GENESIS_KILLS=50 uv run pytest tests/test_evolve.py -k kill` with more.
+well). A process of its own: it forks the runs, so it must not have used torch's threads before. test_run.py runs it
+with few kills, `GENESIS_KILLS=50 uv run pytest tests/test_run.py -k kill` with more.
 """
 
 import collections

@@ -12,19 +12,15 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import family_of_transformers, forked, genes_have
+from helpers import FLAGS, NET, ROOT, family_of_transformers, forked, genes_have, task, tiny, wait_until
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -34,26 +30,8 @@ import prepare
 from evolve import Record, Result, Stop, Task
 from genome import Gene, Genome, Op
 
-ROOT = Path(evolve.__file__).parent
+pytestmark = pytest.mark.usefixtures("cache")
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
-TINY = dict(
-    population_size=4, survivors=2, immigrants=1, max_generations=3, token_budget=1024, batch_tokens=256, seq_len=32,
-    eval_tokens=1024, max_params=10**7, hurdle=1.0, repeats=3, baseline_trials=1, finalists=1, final_seeds=2,
-    long_seeds=0, workers=1,
-)  # fmt: skip
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-NET = Genome((Gene("norm"), Gene("conv1d", 64, skip=2)), embed_dim=64)
-PHRASES = "the cat sat on the mat. a dog ran far away! we are the champions, my friend; one two three four five"
-WORDS = PHRASES.split()
-
-
-def tiny(**changes):
-    return evolve.Settings(**{**TINY, **changes})
-
-
-def task(net: Genome = NET, seed: int = 1, id: str = "g0.01", **fields) -> Task:
-    known = dict(stage="search", id=id, genome=net, seed=seed, order=seed, generation=0, operator="random")
-    return Task(**{**known, **fields})
 
 
 def toy(t: Task, data=None, settings=None, turn=None) -> Result:
@@ -63,47 +41,6 @@ def toy(t: Task, data=None, settings=None, turn=None) -> Result:
     score = 1 + random.Random(t.genome.key).random() + 0.01 * rng.random() + t.id.startswith("transformer")
     values = dict(val_bpb=score, test_bpb=score + 0.02 if t.test else None, tokens_per_s=rng.randrange(10**6))
     return Result.of(t, params=1000, tokens=1024, losses=losses, **values)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> str:
-    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
-    for i in range(2):
-        texts = [f"{i} {n} " + " ".join(rng.choices(WORDS, k=300)) for n in range(40)]
-        pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet")
-    return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory, data_dir):
-    """A cache of its own with a small data set, and torch on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GENESIS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(prepare, "VOCAB_SIZE", 300)
-        prepare.prepare(data_dir=data_dir)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def source(data_dir) -> prepare.Dataset:
-    return prepare.load(prepare.source_folder(data_dir=data_dir))
-
-
-@pytest.fixture(scope="module")
-def data(source) -> prepare.Dataset:
-    return source.to(CPU)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """evolve.main takes over SIGTERM and SIGHUP."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -130,13 +67,6 @@ def toys(monkeypatch):
     monkeypatch.setattr(evolve, "START_METHOD", "fork")
     monkeypatch.setattr(evolve, "picture", lambda rows, *_: b"a picture")
     monkeypatch.setattr(genome, "block_params", genes_have(1_000))
-
-
-def wait_until(condition, seconds: float = 30):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -695,7 +625,7 @@ def test_a_cache_that_is_read_only(data_dir, monkeypatch):
             with forked(lambda root=root: run(root, place / f"{root.name}.log")) as pid:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             ends[root] = code, (place / f"{root.name}.log").read_text()
-        assert ends[cache][0] == 0 and "19,580 training tokens" in ends[cache][1], ends[cache]
+        assert ends[cache][0] == 0 and "25,341 training tokens" in ends[cache][1], ends[cache]
         code, told = ends[empty]
         assert code == 1 and f"{empty}/" in told and "cannot be written (Permission denied)" in told, told
         assert "GENESIS_CACHE" in told and "Traceback" not in told
