@@ -23,7 +23,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Goes on doing nothing here, while a command that is started from here has the default again.
         signal.signal(number, lambda *_: None)
 
-PHRASES = """the cat sat on the mat. a dog ran far away! we are the champions, my friend; one two three four five"""
+PHRASES = "the cat sat on the mat. a dog ran far away! we are the champions, my friend; one two three four five"
 WORDS = PHRASES.split()
 
 
@@ -96,27 +96,9 @@ def free_params(monkeypatch):
 
 
 @pytest.fixture
-def play(toys, free_params, data_dir, tmp_path, monkeypatch, capsys):
-    """Run the command with flags; returns the exit code and what it printed."""
-    monkeypatch.setattr(evolve, "picture", lambda rows, *_: f"{len(rows)} rows".encode())
-    monkeypatch.setattr(evolve, "check_ops", lambda: None)  # it has tests of its own,
-    monkeypatch.setattr(evolve, "code_hash", lambda: "the code")  # and so has this
-    monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
-    monkeypatch.setattr(evolve, "LEVELS", {"mlp-1x64": genome.mlp(1, 64)})
-
-    def play(*flags: str, out: Path = tmp_path / "out") -> tuple[int, str]:
-        capsys.readouterr()
-        code = evolve.main([*FLAGS, "--max-params=10000000", "--data-dir", data_dir, "--out", str(out), *flags])
-        output = capsys.readouterr()
-        return code, output.out + output.err
-
-    return play
-
-
-@pytest.fixture
 def command(data_dir, monkeypatch, capsys):
     """Run the command with flags; returns the exit code, what it printed, and its errors."""
-    monkeypatch.setattr(evolve, "check_ops", lambda: None)
+    monkeypatch.setattr(evolve, "check_ops", lambda: None)  # it has tests of its own
 
     def command(*flags, data_dir: str = data_dir) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -124,3 +106,18 @@ def command(data_dir, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return command
+
+
+@pytest.fixture
+def play(toys, free_params, command, tmp_path, monkeypatch):
+    """Run the command with flags, on toys; returns the exit code and all that it printed."""
+    monkeypatch.setattr(evolve, "picture", lambda rows, *_: f"{len(rows)} rows".encode())
+    monkeypatch.setattr(evolve, "code_hash", lambda: "the code")  # it has tests of its own
+    monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
+    monkeypatch.setattr(evolve, "LEVELS", {"mlp-1x64": genome.mlp(1, 64)})
+
+    def play(*flags: str, out: Path = tmp_path / "out") -> tuple[int, str]:
+        code, output, errors = command("--max-params=10000000", "--out", out, *flags)
+        return code, output + errors
+
+    return play

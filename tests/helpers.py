@@ -9,12 +9,14 @@ import math
 import os
 import random
 import signal
+import struct
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import evolve
 import genome
@@ -129,6 +131,11 @@ def planted(compute):
         genome.block_params.cache_clear()
 
 
+def padded(x, steps: int):
+    """What comes that many tokens later."""
+    return torch.nn.functional.pad(x[:, steps:], (0, 0, 0, steps))
+
+
 def without_time(result: Result) -> Result:
     return dataclasses.replace(result, tokens_per_s=0, seconds=0, outside=0, finished="")
 
@@ -241,6 +248,11 @@ def planned(rows: list[Result], settings, most: int = 10**6, result=toy_result) 
 def rows_of(out: Path) -> list[Result]:
     with Record(out) as record:
         return [without_time(row) for row in record.rows]
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", content[16:24])
 
 
 def uniform_bpb(

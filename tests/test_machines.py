@@ -44,20 +44,17 @@ def toy(t: Task, data=None, settings=None, turn=None) -> Result:
 
 
 @pytest.fixture
-def command(data_dir, monkeypatch, capsys):
-    """Run the command with flags; returns the exit code and what it printed."""
-    monkeypatch.setattr(evolve, "check_ops", lambda: None)
+def command(command, monkeypatch):
+    """Run the command with flags; returns the exit code and all that it printed."""
     monkeypatch.setattr(evolve, "code_hash", lambda: "the code")
     monkeypatch.setattr(evolve, "FAMILIES", family_of_transformers())
     monkeypatch.setattr(evolve, "LEVELS", {})
 
-    def command(*flags, data_dir: str = data_dir) -> tuple[int, str]:
-        capsys.readouterr()
-        code = evolve.main([*FLAGS, "--data-dir", data_dir, *map(str, flags)])
-        output = capsys.readouterr()
-        return code, output.out + output.err
+    def joined(*flags, **data) -> tuple[int, str]:
+        code, output, errors = command(*flags, **data)
+        return code, output + errors
 
-    return command
+    return joined
 
 
 @pytest.fixture

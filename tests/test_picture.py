@@ -5,19 +5,13 @@ import itertools
 import math
 import random
 import re
-import struct
 
 import pytest
-from helpers import ALL_STAGES, BIG, narrow_genomes, planned, search, task, tiny, toy_result, tuned
+from helpers import ALL_STAGES, BIG, narrow_genomes, planned, png_size, search, task, tiny, toy_result, tuned
 
 import evolve
 from evolve import Result, Stop
 from genome import Gene, Genome
-
-
-def png_size(content: bytes) -> tuple[int, int]:
-    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
-    return struct.unpack(">II", content[16:24])
 
 
 def picture(rows: list[Result], title: str = "a title", controls: dict | None = None, settings=None) -> bytes | None:

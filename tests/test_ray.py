@@ -3,13 +3,10 @@
 import collections
 import dataclasses
 import os
-import random
 import signal
 import sys
 import time
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +15,6 @@ ray = pytest.importorskip("ray", reason="an extra: uv run --extra ray pytest")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 import evolve  # noqa: E402
-import prepare  # noqa: E402
 from evolve import RayPool, Settings, Stop, Task  # noqa: E402
 from genome import Gene, Genome  # noqa: E402
 
@@ -32,26 +28,7 @@ OUT_OF_CLOCK = ("finished", "seconds", "outside", "tokens_per_s")
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
-    words = ["the cat", "sat on", "the mat", "a dog", "ran far away", "we are", "the champions", "my friend"]
-    for i in range(2):
-        texts = [" ".join(rng.choices(words, k=200)) for _ in range(30)]
-        pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, data_dir):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GENESIS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(prepare, "VOCAB_SIZE", 300)
-        yield prepare.load(prepare.prepare(data_dir=data_dir))
-
-
-@pytest.fixture(scope="module")
-def cluster(data):
+def cluster(source):
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     cluster.add_node(num_cpus=1)
     yield cluster
@@ -76,7 +53,7 @@ def rows_of(folder) -> list[dict]:
     return sorted(kept, key=str)
 
 
-def test_the_record_is_that_of_the_local_pool(data, data_dir, tmp_path, capfd):
+def test_the_record_is_that_of_the_local_pool(source, data_dir, tmp_path, capfd):
     for name, flags in {"alone": [], "ray": ["--ray"]}.items():
         assert evolve.main([*FLAGS, "--data-dir", data_dir, "--out", str(tmp_path / name), *flags]) == 0, (
             capfd.readouterr()
@@ -86,12 +63,12 @@ def test_the_record_is_that_of_the_local_pool(data, data_dir, tmp_path, capfd):
     assert alone == on_ray and len(alone) == 8 and {row["status"] for row in alone} == {"ok"}
 
 
-def test_members_and_nodes_come_and_go(cluster, data, tmp_path):
+def test_members_and_nodes_come_and_go(cluster, source, tmp_path):
     """An actor is killed, another hangs, a node goes and one comes: every task has its one result, the same as ever."""
-    with evolve.Pool(data, S, torch.device("cpu"), tmp_path) as pool:
+    with evolve.Pool(source, S, torch.device("cpu"), tmp_path) as pool:
         expected = scores(pool.run(some(2)))
     tasks, found = some(24), []
-    with pytest.MonkeyPatch.context() as patch, RayPool(cluster.address, data, S, tmp_path) as pool:
+    with pytest.MonkeyPatch.context() as patch, RayPool(cluster.address, source, S, tmp_path) as pool:
         assert pool.device_name == "cpu" and len(pool.members) == 2
         patch.setattr(evolve, "LOOK", 0.2)
         patch.setattr(evolve, "ATTEMPTS", 4)  # a task may be on what is lost all three times
@@ -118,10 +95,10 @@ def test_members_and_nodes_come_and_go(cluster, data, tmp_path):
     assert {i: s for i, s in scores(found).items() if i in expected} == expected
 
 
-def test_what_is_lost_again_and_again_is_a_crash(cluster, data, tmp_path, monkeypatch):
+def test_what_is_lost_again_and_again_is_a_crash(cluster, source, tmp_path, monkeypatch):
     monkeypatch.setattr(evolve, "ATTEMPTS", 2)
     monkeypatch.setattr(evolve, "LOOK", 0.2)
-    with RayPool(cluster.address, data, S, tmp_path) as pool:
+    with RayPool(cluster.address, source, S, tmp_path) as pool:
         judge = RayPool.judge
 
         def killed_once_judged(pool, m, found=None):
@@ -136,22 +113,22 @@ def test_what_is_lost_again_and_again_is_a_crash(cluster, data, tmp_path, monkey
 
 
 @pytest.mark.parametrize("what, advice", [("fingerprint", "prepare the same text"), ("code", "have the same checkout")])
-def test_who_differs_takes_no_part(cluster, data, tmp_path, monkeypatch, what, advice):
+def test_who_differs_takes_no_part(cluster, source, tmp_path, monkeypatch, what, advice):
     if what == "fingerprint":
-        data = dataclasses.replace(data, meta={**data.meta, "fingerprint": "another"})
+        source = dataclasses.replace(source, meta={**source.meta, "fingerprint": "another"})
     else:
         monkeypatch.setattr(evolve, "code_hash", lambda: "another")
     with pytest.raises(Stop, match=rf"No CPU of the cluster can take part: its {what} is .*, not another; {advice}"):
-        RayPool(cluster.address, data, S, tmp_path)
+        RayPool(cluster.address, source, S, tmp_path)
     ray.shutdown()
 
 
-def test_without_ray_it_says_what_to_run(data, tmp_path, monkeypatch):
+def test_without_ray_it_says_what_to_run(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Stop, match=r"an extra: uv run --extra ray evolve\.py --ray"):
-        RayPool("", data, S, tmp_path)
+        RayPool("", source, S, tmp_path)
 
 
-def test_no_cluster_at_an_address(data, tmp_path):
+def test_no_cluster_at_an_address(source, tmp_path):
     with pytest.raises(Stop, match=r"--ray 127\.0\.0\.1:1: .*refused.* ray start --head"):
-        RayPool("127.0.0.1:1", data, S, tmp_path)
+        RayPool("127.0.0.1:1", source, S, tmp_path)

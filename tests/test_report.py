@@ -17,10 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import genes_have, remember_designs
 
 import evolve
-import genome
 from evolve import Result, Settings, Stop, Task
 from genome import Gene, Genome, grown, random_genome, transformer, without_a_part
 
@@ -409,12 +407,6 @@ def test_a_drawn_network_has_the_edges_of_the_genome(n):
 SMALL = dict(population_size=4, survivors=2, repeats=2, immigrants=1, max_generations=3, baseline_trials=2, workers=1)
 SMALL |= dict(token_budget=1_024, max_params=10**6, batch_tokens=256, seq_len=64, eval_tokens=1_024, prescreen=2)
 SMALL |= dict(finalists=2, final_seeds=2, long_factor=4.0, long_seeds=2, ablation_seeds=2)
-
-
-@pytest.fixture
-def free_params(monkeypatch):
-    remember_designs(monkeypatch)
-    monkeypatch.setattr(genome, "block_params", genes_have(1_000))
 
 
 def fake(t: Task) -> Result:

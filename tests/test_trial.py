@@ -18,6 +18,7 @@ from helpers import (
     final_task,
     narrow,
     narrow_genomes,
+    padded,
     planted,
     task,
     tiny,
@@ -474,11 +475,6 @@ def test_out_of_memory_at_the_floor(data, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The check of a network: no leak, not dead
-
-
-def padded(x, steps: int):
-    """What comes that many tokens later."""
-    return torch.nn.functional.pad(x[:, steps:], (0, 0, 0, steps))
 
 
 def chunk_mean(x):
