@@ -3195,20 +3195,23 @@ def draw_leads(axis, o: Outcome, settings: Settings):
     once, longer = (budget_times(settings, factor) for factor in (1, settings.long_factor))
     rows = {once: o.winner, f"{longer}, as found": o.as_found, f"{longer}, grown": o.grown,
             f"{once}, {1 / settings.long_factor:.0%} of the text": o.on_less_text}  # fmt: skip
-    rows = {name: s for name, s in rows.items() if s}
-    low = high = 0.0
-    for place, s in enumerate(rows.values()):
-        for n, (baseline, lead) in enumerate(s.leads.items()):
-            y, half, color = place + 0.4 * n, lead.half or 0.0, COLOURS[n % len(COLOURS)]
-            axis.errorbar(lead.mean, y, xerr=half, fmt="o", color=color, capsize=4, ms=5)
-            text, passes = f"{s.id}: {lead_text(lead, baseline)}", of_passes([s.passes])
-            text += f", {passes} passes over the text" if passes else ""
-            axis.annotate(text, (lead.mean, y), (0, 5), textcoords="offset points", ha="center", fontsize=9)
-            low, high = min(low, lead.mean - half), max(high, lead.mean + half)
+    rows, place, ticks, ends = {name: s for name, s in rows.items() if s}, 0.0, {}, [0.0]
+    for name, s in rows.items():
+        passes = of_passes([s.passes])
+        text = f"{s.id}, {name}" + (f"\n{passes} passes over the text" if passes else "")
+        ticks[place + 0.5 * max(0, len(s.leads) - 1)] = text
+        for color, (baseline, lead) in zip(itertools.cycle(COLOURS), s.leads.items(), strict=False):
+            axis.errorbar(lead.mean, place, xerr=lead.half or 0.0, fmt="o", color=color, capsize=3, ms=5)
+            # above its interval, in the middle of the axis: there is room for a long name
+            axis.annotate(lead_text(lead, baseline), (0.5, place), (0, 6), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+            ends += [lead.mean - (lead.half or 0.0), lead.mean + (lead.half or 0.0)]
+            place += 1
+        place += 0.3 if s.leads else 1.3
     axis.axvline(0, color="#555555", lw=1, ls=":")
-    axis.set_yticks(range(len(rows)), list(rows))
-    room = 0.5 * max(high - low, 1e-3)  # for words, which stand above the middle of each interval
-    axis.set(xlim=(low - room, high + room), ylim=(len(rows) - 0.4, -0.6))
+    axis.set_yticks(list(ticks), list(ticks.values()), fontsize=10)
+    room = 0.1 * max(max(ends) - min(ends), 1e-3)
+    axis.set(xlim=(min(ends) - room, max(ends) + room), ylim=(place - 0.5, -0.9))
     faster = f" It needs {o.target[0].mean:.0%} of the time of {o.rival.id}" if o.target[0] else ""
     axis.set(title=f"Does the lead last?{faster}", xlabel="lead on test in bits per byte (higher is better)")
 
@@ -3219,12 +3222,13 @@ def draw_leads(axis, o: Outcome, settings: Settings):
 # when they were read: everything after that writes Markdown and Mermaid without looking back.
 
 ENOUGH = 40  # ancestors, or genomes of a front, that are shown; of more only the line of descent, or the best
+FEW = 3  # newcomers that have to have a trait of which the report says what it is worth
 
 
 def harmless(text: object) -> str:
     """Text on one line, with all that is markup in Markdown, HTML or Mermaid as character references."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    markup = r"[^\w .,:=/+()×→…-]|:(?=//)|(?<![^\W_])_|_(?![^\W_])"
+    markup = r"[^\w .,:=/+()×→…%-]|:(?=//)|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(markup, lambda found: f"&#{ord(found[0])};", f"{line[:200]}…" if len(line) > 200 else line)
 
 
@@ -3355,6 +3359,31 @@ def features(genome: Genome) -> frozenset[tuple]:
 def feature_text(feature: tuple) -> str:
     op, *choice = feature
     return " ".join([*([op] if op not in ("any", "genome") else []), *(["{}={}".format(*choice)] if choice else [])])
+
+
+RECURRENT = ("retention", "ssm", "gru")
+
+
+@functools.lru_cache(maxsize=10_000)
+def built_by_hand(genome: Genome) -> dict[str, int]:
+    """How often a network has each of the parts that people found by hand, and build today."""
+    genes = [node.gene for node in genome.network]
+    ops = ["recurrence" if gene.op in RECURRENT else gene.op for gene in genes]
+    before = ops[: max((i for i, op in enumerate(ops) if op == "attention"), default=0)]  # the last attention
+    turns = itertools.pairwise(op for op in ops if op in ("attention", "recurrence"))
+    attention = [dict(gene.traits) for gene in genes if gene.op == "attention"]
+    values = [traits["values"] for traits in attention]
+    return {
+        "attention": len(attention),
+        "a convolution or shift before attention": sum(bool(traits["conv"]) for traits in attention)
+        + sum(op in ("conv1d", "shift") for op in before),
+        "recurrence (or linear attention)": ops.count("recurrence"),
+        "recurrence and attention in turn": sum(a != b for a, b in turns),
+        "a table of n-grams": ops.count("ngram") + values.count("bigram"),
+        "the token in the values of attention": values.count("token") + values.count("embedding"),
+        "an MLP, gated or plain": ops.count("gate"),
+        "experts": ops.count("moe_router"),
+    }
 
 
 def halfway_noise(rows: list[Result], losses: dict[tuple, float]) -> float | None:
@@ -3559,13 +3588,13 @@ def final_table(standing: list[Standing], rows: list[Result], before: dict[str, 
     baselines = of_each_family(s.id for s in standing if family_of(s.id))
     for s in standing:
         leads = [signed(s.leads.get(name)) for name in baselines]
-        chosen = f"{before[s.id]:.4f}" if s.id in before else None
+        chosen = [f"{before[s.id]:.4f}" if s.id in before else None] * bool(before)
         passes, speed = ([getattr(row, name) for row in own[s.id]] for name in ("passes", "tokens_per_s"))
         seeds = f"{len(s.test.values)}, {s.failed} failed" if s.failed else len(s.test.values)
-        lines.append([s.id, s.test, s.val, chosen, seeds, of_passes(passes), average(speed, 0), *leads])
-    head = ["design", "test", "val", "val before", "seeds", "passes over the text", "tokens/s"]
-    named = [f"- {s.id}: {s.genome.summary}" for s in standing]
-    return [*as_table([*head, *(f"lead over {name}" for name in baselines)], lines), *named, ""] if standing else []
+        lines.append([s.id, s.test, s.val, *chosen, seeds, of_passes(passes), average(speed, 0), *leads])
+    head = ["design", "test", "val", *["val before"] * bool(before), "seeds", "passes over the text", "tokens/s"]
+    head += [f"lead over {name}" for name in baselines]
+    return as_table(head, lines)
 
 
 def final_section(rows: list[Result], settings: Settings, o: Outcome) -> list[str]:
@@ -3583,7 +3612,12 @@ def final_section(rows: list[Result], settings: Settings, o: Outcome) -> list[st
             o.passes, of_stage(rows, "passes"), {}
         ),
     }
-    return [line for words, lines in parts.items() if lines for line in (words, "", *lines)]
+    named = {s.id: s.genome.summary for s in (*o.final, *o.long, *o.passes)}
+    return [
+        *(line for words, lines in parts.items() if lines for line in (words, "", *lines)),
+        *(f"- {id}: {summary}" for id, summary in named.items()),
+        *[""] * bool(named),
+    ]
 
 
 def network_graph(genome: Genome) -> list[str]:
@@ -3670,6 +3704,41 @@ def lineage_graph(rows: list[Result], name: str) -> list[str]:
     return mermaid([*lines, *edges]) if family else []
 
 
+def last_of_survivors(leaders: list[set[str]], parts_of: dict[str, Iterable]) -> dict:
+    """Until when a part was among the survivors, in words, by part; those of which none ever had it are left out."""
+    until = {part: g for g, ids in enumerate(leaders) for id in ids for part in parts_of.get(id, ())}
+    return {part: "the end" if g == len(leaders) - 1 else f"generation {g}" for part, g in until.items()}
+
+
+def by_hand_section(rows: list[Result], leaders: list[set[str]], winner: Genome | None) -> list[str]:
+    """What became of the parts that people found by hand."""
+    if winner is None:
+        return []
+    had = {row.id: built_by_hand(Genome.from_json(row.genome)) for row in rows if row.is_newcomer}
+    until = last_of_survivors(leaders, {id: [part for part, n in own.items() if n] for id, own in had.items()})
+    own, scores = built_by_hand(winner), {c.id: c.mean for c in reversed(searched(rows))}  # the best last
+    less = {row.id: built_by_hand(Genome.from_json(row.genome)) for row in of_stage(rows, "ablate")}
+    worth = {id: estimate(values) for id, values in worth_of_parts(rows, winner.key).items() if values}
+    lines = []
+    for part, times in own.items():
+        best: dict[bool, str] = {had[id][part] > 0: f"{score:.4f}" for id, score in scores.items()}
+        gone = [(sum(abs(own[other] - less[id][other]) for other in own), -e.mean, id) for id, e in worth.items()
+                if less[id][part] < times]  # fmt: skip
+        lost = [signed(worth[min(gone)[-1]]) if gone else None] * bool(worth)
+        newcomers = sum(counts[part] > 0 for counts in had.values())
+        lines.append([part, newcomers, until.get(part), times or None, best.get(True), best.get(False), *lost])
+    head = ["part", f"of {len(had)} newcomers", "among the survivors until", "times in the winner", "best with it",
+            "best without it", *["worth in the winner"] * bool(worth)]  # fmt: skip
+    told = (" Worth in the winner: what it loses, in bits per byte, where one of them is taken out with as little else "
+            "as can be; the dearest of them.") * bool(worth)  # fmt: skip
+    return [
+        "What evolution found again of what people build today, and what it left. Best: val_bpb in the search, the "
+        f"mean of all evaluations.{told}",
+        "",
+        *as_table(head, lines),
+    ]
+
+
 def features_section(
     rows: list[Result], losses: dict[tuple, float], taken: list[Step], leaders: list[set[str]], winner: Genome | None
 ) -> list[str]:
@@ -3679,20 +3748,22 @@ def features_section(
     if not tried:
         return []
     worth, beside = importance(taken, halfway_noise(rows, losses)), association(rows, losses)
-    until = {feature: g for g, ids in enumerate(leaders) for id in ids for feature in newcomers.get(id, ())}
+    until = last_of_survivors(leaders, newcomers)
 
     def line(feature: tuple) -> list:
-        last, value = until.get(feature), worth.get(feature)
-        when = None if last is None else "the end" if last == len(leaders) - 1 else f"generation {last}"
+        value = worth.get(feature)
         times = winner.ops.count(feature[0]) if winner and len(feature) == 1 else 0
         held = (str(times) if times else "yes") if winner and feature in features(winner) else None
         changed = len(value.values) if value else None
         near = f"{beside[feature]:+.4f}" if feature in beside else None
-        return [feature_text(feature), tried[feature], when, held, signed(value), changed, near]
+        return [feature_text(feature), tried[feature], until.get(feature), held, signed(value), changed, near]
 
     head = ["part", f"of {len(newcomers)} newcomers", "among the survivors until", "in the winner",
             "importance", "of children", "association"]  # fmt: skip
     traits = sorted((f for f in tried if len(f) > 1), key=lambda f: (f[0], f[1], str(f[2])))
+    shown = [f for f in traits if tried[f] >= FEW or (winner and f in features(winner))]
+    rare = len(traits) - len(shown)
+    rest = f"; left out, as fewer than {FEW} newcomers had them: {rare}" if rare else ""
     return [
         "Nats per token on the half-way loss, below zero where a part helps. *Importance*: a child that gained or lost "
         "the part minus its parent, by the mean of the parent's evaluations; 95 % intervals, from parents drawn again, "
@@ -3702,9 +3773,9 @@ def features_section(
         "",
         *as_table(head, [line((op,)) for op in OPS if (op,) in tried]),
         "<details>",
-        f"<summary>{len(traits)} traits that are not the usual ones</summary>",
+        f"<summary>{len(shown)} traits that are not the usual ones{rest}</summary>",
         "",
-        *as_table(head, [line(f) for f in traits]),
+        *as_table(head, [line(f) for f in shown]),
         "</details>",
         "",
     ]
@@ -3863,23 +3934,38 @@ def context_section(rows: list[Result], settings: Settings) -> list[str]:
     ] if lines else []  # fmt: skip
 
 
+def ablated_scores(rows: list[Result]) -> dict[str, dict[int, float]]:
+    """val_bpb by seed of each design of --ablate, whole or with less, by its key; {} where it failed."""
+    scores: dict[str, dict[int, float]] = {}
+    for row in of_stage(rows, "ablate"):
+        scores.setdefault(row.id, {}).update({row.seed: row.val_bpb} if row.status == "ok" else {})
+    return scores
+
+
+def worth_of_parts(rows: list[Result], whole: str) -> dict[str, list[float]]:
+    """How much worse the design of that key is without a part, seed by seed, by the key of what is left."""
+    scores = ablated_scores(rows)
+    parts_of = {less.key for row in of_stage(rows, "ablate") if row.id == whole
+                for less in without_a_part(Genome.from_json(row.genome)).values()}  # fmt: skip
+    parts_of |= {row.id for row in of_stage(rows, "ablate") if row.parents == whole}
+    return {less: [scores[less][n] - score for n, score in scores.get(whole, {}).items() if n in scores[less]]
+            for less in scores if less in parts_of}  # fmt: skip
+
+
 def ablation_section(rows: list[Result], settings: Settings) -> list[str]:
     """What each part of the designs of --ablate is worth, the dearest first."""
-    ablated, scores, lines = of_stage(rows, "ablate"), collections.defaultdict(dict), []
-    for row in ablated:
-        scores[row.id] |= {row.seed: row.val_bpb} if row.status == "ok" else {}
+    ablated, scores, lines = of_stage(rows, "ablate"), ablated_scores(rows), []
     names = {row.key: row.id for row in reversed(rows) if row.stage == "search"}
     last = {row.id: row for row in ablated}
     for whole in dict.fromkeys(row.parents or row.id for row in ablated):
-        if not scores[whole]:
+        if not scores.get(whole):
             continue
         genome, cells = Genome.from_json(last[whole].genome), []
-        parts_of = {less.key: what for what, less in without_a_part(genome).items()}
-        for less, what in ({row.id: row.operator for row in ablated if row.parents == whole} | parts_of).items():
-            worth = [scores[less][n] - scores[whole][n] for n in scores[whole] if n in scores[less]]
-            if less in last:
-                score = estimate(scores[less].values()) if scores[less] else last[less].status
-                cells.append([what, score, estimate(worth) if worth else None])
+        parts_of = {row.id: row.operator for row in ablated if row.parents == whole}
+        parts_of |= {less.key: what for what, less in without_a_part(genome).items()}
+        for less, worth in worth_of_parts(rows, whole).items():
+            score = estimate(scores[less].values()) if scores[less] else last[less].status
+            cells.append([parts_of[less], score, estimate(worth) if worth else None])
         cells.sort(key=lambda cell: -cell[2].mean if cell[2] else -math.inf)
         after = f"{estimate(scores[whole].values())} bits per byte on val after {budget_of(rows, 'ablate', settings)}"
         lines += [
@@ -3900,7 +3986,13 @@ def made_by(header: dict, rows: list[Result], settings: Settings) -> str:
     older = f", an earlier version, which did not record {', '.join(lacks)}" if lacks and ok else ""
     begun = f" Generation 0 began with what was known: {header['start']}." if header.get("start") else ""
     run = f"{settings.strategy}, seed {settings.seed}, {budget_text(settings)} a trial on {device}, text {data}"
-    return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}.{begun}"
+    tried = [(len({row.id for row in own}), sum(row.spent for row in own) / 60)
+             for own in (of_stage(rows, "search"), of_stage(rows, "baseline"))]  # fmt: skip
+    told = ""
+    if tried[0][0]:
+        told = f" The search tried {tried[0][0]} designs in {tried[0][1]:.1f} minutes on the device"
+        told += f"; {tried[1][0]} were built by hand, in {tried[1][1]:.1f} minutes." if tried[1][0] else "."
+    return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}.{told}{begun}"
 
 
 def report(rows: list[Result], header: dict, settings: Settings, controls: Controls, pictured: bool = False) -> str:
@@ -3919,6 +4011,7 @@ def report(rows: list[Result], header: dict, settings: Settings, controls: Contr
         "The final": final_section(rows, settings, o),
         f"{known}, drawn": best and [f"{best.id}: {winner.summary}", "", *network_graph(winner)],
         "How it came to be": best and lineage_graph(rows, best.id),
+        "What people found by hand": by_hand_section(rows, leaders, winner),
         "What became of the parts": features_section(rows, losses, taken, leaders, winner),
         "What it is worth without a part": ablation_section(rows, settings),
         "Which operators earned it": operators_section(rows, losses, taken),

@@ -177,6 +177,70 @@ def test_features_are_ops_and_what_is_not_usual():
     assert texts == ["activation=relu", "attention", "attention heads=8", "embed_dim=128", "norm", "tied=True"]
 
 
+MADE_BY_HAND = {
+    "attention": 3,
+    "a convolution or shift before attention": 2,
+    "recurrence (or linear attention)": 3,
+    "recurrence and attention in turn": 4,
+    "a table of n-grams": 2,
+    "the token in the values of attention": 1,
+    "an MLP, gated or plain": 1,
+    "experts": 2,
+}
+
+
+def test_what_people_build_by_hand_is_known_again():
+    net = Genome(
+        (
+            Gene("ngram", 64), Gene("shift"), Gene("ssm", 64), Gene("norm"), Gene("attention", 64, conv=2),
+            Gene("retention", 64), Gene("attention", 64, values="token"), Gene("attention", 64, values="bigram"),
+            Gene("conv1d", 64), Gene("gru", 64), Gene("gate", 64), Gene("moe_router", 64), Gene("moe_router", 64),
+        ),
+        embed_dim=64,
+    )  # fmt: skip
+    assert evolve.built_by_hand(net) == MADE_BY_HAND, "a convolution behind the last attention is before none"
+    assert set(evolve.built_by_hand(PLAIN).values()) == {0}
+
+
+def test_what_became_of_what_people_build_by_hand():
+    plain, shifted, tabled = (
+        Genome((*genes, Gene("attention", 64), Gene("gate", 64)), embed_dim=64)
+        for genes in ((), [Gene("shift")], [Gene("ngram", 64)])
+    )
+    rows = [row("g0.00", tabled, 2.6, operator="random"), row("g0.01", PLAIN, 3.0, operator="random")]
+    rows += [row("g1.00", plain, 2.4), row("g2.00", shifted, 2.2), row("g2.01", plain, 2.8)]
+    rows += [row("g2.00", shifted, 2.0, operator="repeat", seed=1)]
+    leaders = evolve.leaders_by_generation(rows, 2)
+    told = cells_of(evolve.by_hand_section(rows, leaders, shifted))
+    assert told["part"][0] == "of 5 newcomers" and "worth in the winner" not in told["part"]
+    assert told["attention"] == ["4", "the end", "1", "1.0500", "1.5000"]
+    assert told["a convolution or shift before attention"] == ["1", "the end", "1", "1.0500", "1.2000"]
+    assert told["a table of n-grams"] == ["1", "generation 1", "—", "1.3000", "1.0500"]
+    assert told["experts"] == ["0", "—", "—", "—", "1.0500"]
+
+    s = Settings(**SMALL)
+    worth = dict.fromkeys((less.key for less in without_a_part(shifted).values()), 0.5) | {plain.key: 0.125}
+    own = ablated(shifted, s, rows, lambda t: worth.get(t.id, 0.0))
+    told = cells_of(evolve.by_hand_section(rows + own, leaders, shifted))
+    assert told["part"][-1] == "worth in the winner"
+    assert told["a convolution or shift before attention"][-1] == "+0.1250 ± 0.0000", "not what the attention is worth"
+    assert told["attention"][-1] == "+0.5000 ± 0.0000" and told["experts"][-1] == "—"
+    assert evolve.by_hand_section(rows, leaders, None) == []
+
+
+def test_of_traits_that_few_had_only_the_winners_are_shown():
+    """What one or two newcomers had says little of a trait."""
+    often, once, here = (Genome((Gene("attention", 64, heads=n),), embed_dim=64) for n in (1, 4, 8))
+    nets = [often] * evolve.FEW + [once, here]
+    rows = [row(f"g0.0{n}", net, 3 - 0.1 * n, operator="random") for n, net in enumerate(nets)]
+    lines = evolve.features_section(rows, evolve.halfway_losses(rows), [], evolve.leaders_by_generation(rows, 2), here)
+    assert {"attention heads=1", "attention heads=8"} <= set(cells_of(lines)) and "heads=4" not in "\n".join(lines)
+    assert (
+        "<summary>3 traits that are not the usual ones; left out, as fewer than 3 newcomers had them: 1</summary>"
+        in lines
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks, operators, generations, the front, the hurdle
 
@@ -450,10 +514,34 @@ def test_the_report_of_a_run_at_every_stage(run):
     )
     assert "## The best so far, drawn" in texts[first] and "## The winner, drawn" in texts[-1]
     last = [line for line in texts[-1].splitlines() if line.startswith("## ")]
-    assert last == ["## The final", "## The winner, drawn", "## How it came to be", "## What became of the parts",
-                    "## Which operators earned it", "## Diversity and convergence", "## Score, size, speed and memory",
-                    "## Long context", "## The hurdle, and what went wrong"]  # fmt: skip
+    assert last == ["## The final", "## The winner, drawn", "## How it came to be", "## What people found by hand",
+                    "## What became of the parts", "## Which operators earned it", "## Diversity and convergence",
+                    "## Score, size, speed and memory", "## Long context",
+                    "## The hurdle, and what went wrong"]  # fmt: skip
     assert texts[-1] == evolve.report(rows, HEADER, s, {}) and "nan" not in texts[-1].replace("nan]", "")
+
+
+def test_the_tables_of_a_final_say_each_thing_once(run):
+    s, rows = run
+    text = evolve.report(rows, HEADER, s, {})
+    final = text.partition("## The winner, drawn")[0].partition("## The final")[2]
+    heads = [line for line in final.splitlines() if line.startswith("| design")]
+    assert ["val before" in head for head in heads] == [True, False, False], "scores of the search beside the first"
+    o = evolve.outcome(rows, s, 300)
+    named = re.findall(r"^- (\S+): ", final, re.M)
+    assert sorted(named) == sorted({x.id for x in (*o.final, *o.long, *o.passes)}), "each design once"
+
+
+def test_how_much_was_tried(run):
+    """What evolution and what people had: so many designs in so many minutes on the device."""
+    s, rows = run
+    new, minutes = sum(r.is_newcomer for r in rows), len(evolve.of_stage(rows, "search")) / 60
+    by_hand = evolve.of_stage(rows, "baseline")
+    told = (f"The search tried {new} designs in {minutes:.1f} minutes on the device; {len({r.id for r in by_hand})} "
+            f"were built by hand, in {len(by_hand) / 60:.1f} minutes.")  # fmt: skip
+    assert told in evolve.report(rows, HEADER, s, {})
+    assert "built by hand, in" not in evolve.report(evolve.of_stage(rows, "search"), HEADER, s, {})
+    assert "The search tried" not in evolve.report([], HEADER, s, {})
 
 
 def test_the_answer_against_controls(run):
@@ -559,6 +647,7 @@ def test_harmless_text():
         evolve.harmless("add_gene+swap_runs g5.01 transformer-3x256 (1.4)")
         == "add_gene+swap_runs g5.01 transformer-3x256 (1.4)"
     )
+    assert evolve.harmless("+4% tokens/s") == "+4% tokens/s"
     assert (
         evolve.harmless("a\n\n b\t|") == "a b &#124;"
         and evolve.harmless("_x_ https://y") == "&#95;x&#95; https&#58;//y"
