@@ -658,6 +658,8 @@ def anchor(data, settings):
     settings, card = evolve.settings_of(header, rows), torch.cuda.get_device_name(DEVICE)
     if not (baselines := evolve.best_baselines(rows)):
         return print("anchor: results.tsv has no baseline yet")
+    if card != header["device"]:
+        raise SystemExit(f"This is a {card}, the record is of a {header['device']}: do not go on with it here")
     best = min(baselines, key=lambda c: c.mean)
     task = evolve.Task("bench", best.id, best.genome, best.first.seed, best.first.order)
     (again,), first = evaluated([task], settings, data), best.first
@@ -666,8 +668,8 @@ def anchor(data, settings):
     change = again.tokens_per_s / first.tokens_per_s - 1
     print(f"anchor: {first.id}, seed {first.seed}: val_bpb {again.val_bpb:.4f} ({first.val_bpb:.4f} in the record), "
           f"{again.tokens_per_s:,} tokens/s ({first.tokens_per_s:,}; {change:+.1%})", flush=True)  # fmt: skip
-    if card != header["device"] or abs(change) > evolve.SLOWER:
-        raise SystemExit(f"{card} is not as the {header['device']} of the record: do not go on with it here")
+    if abs(change) > evolve.SLOWER:
+        raise SystemExit("This card is not as fast as that of the record: do not go on with it here")
 
 
 MEASURED = (speed, frame, bpb, ops, soak, outside, designs, hurdle, fidelity, inherit, anchor, worth)
