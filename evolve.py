@@ -2051,6 +2051,11 @@ def best_baselines(rows: list[Result]) -> list[Candidate]:
     return [found[0] for family in FAMILIES if (found := of_family(rows, family))]
 
 
+def best_baseline(rows: list[Result]) -> Candidate | None:
+    """The best of all families."""
+    return min(best_baselines(rows), key=lambda c: c.mean, default=None)
+
+
 def baseline_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
     """What people build: families tuned in rounds, other kinds as they are; then the best repeated as survivors are."""
 
@@ -2768,7 +2773,8 @@ class Outcome:
     long: list[Standing]  # at LONG_FACTOR times the budget
     passes: list[Standing]  # at the budget, on 1 / LONG_FACTOR of the text
     too_large: dict[str, str]  # the grown designs that were not tried, and why
-    target: tuple[Estimate | None, int]  # the share of the budget that the winner needs, and the seeds that got there
+    # the share of the budget that the winner needs, None where a seed did not get there; how many did. None: unknown
+    target: tuple[Estimate | None, int] | None
 
     @property
     def winner(self) -> Standing | None:
@@ -2799,9 +2805,13 @@ class Outcome:
 def outcome(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
     stages = (final_evaluations, long_evaluations, passes_evaluations)
     final, long, passes = (standings(rows, stage(rows, settings, vocab_size)) for stage in stages)
+    scores = {row.id: row.val_bpb for row in of_stage(rows, "grow") if row.status == "ok"}
     too_large, tried = {}, {task.id for task in grow_evaluations(rows, settings, vocab_size)}
     for c in [*finalists(rows, settings), *best_baselines(rows)] if long else ():
         times = next(n for n in itertools.count(1) if f"{c.id}+{n}" not in tried)
+        last, before = (scores.get(f"{c.id}+{n}" if n else c.id, math.inf) for n in (times - 1, times - 2))
+        if times > 1 and not last < before < math.inf:  # one more was no better: there was no need of another
+            continue
         try:
             growth(c.genome, times, settings, vocab_size)
         except GenomeError as error:
@@ -2809,14 +2819,16 @@ def outcome(rows: list[Result], settings: Settings, vocab_size: int) -> Outcome:
     return Outcome(final, long, passes, too_large, time_to_target(rows, settings, vocab_size))
 
 
-def time_to_target(rows: list[Result], settings: Settings, vocab_size: int) -> tuple[Estimate | None, int]:
+def time_to_target(rows: list[Result], settings: Settings, vocab_size: int) -> tuple[Estimate | None, int] | None:
     """The share of its budget that the winner needs to reach what its rival reaches in the whole, on test.
 
-    Seed by seed, between two runs by interpolation over the logarithm of the budget. Returns it with the number of
-    seeds that got there; None where one did not, or before all is known.
+    Seed by seed, between two runs by interpolation over the logarithm of the budget. Returns it, None where a seed did
+    not get there, with the number of seeds that did; None before that is known.
     """
     both, tasks = first_two(rows, settings, vocab_size), target_evaluations(rows, settings, vocab_size)
-    if both is None or not tasks or missing(tasks, rows, attempts=2):
+    if both is None or missing(tasks, rows, attempts=2):
+        return None
+    if not tasks:  # not in the whole budget
         return None, 0
     target, shares = statistics.fmean(test_scores(both[1])), []
     names = {task.evaluation for task in tasks}
@@ -2938,13 +2950,13 @@ def budget_times(settings: Settings, factor: float) -> str:
 
 def target_text(o: Outcome, settings: Settings) -> str:
     """The time to target in a sentence."""
-    if not (o.winner and o.rival):
+    if not (o.winner and o.rival and o.target):
         return ""
     what = f"what {o.rival.id} reaches in {budget_times(settings, 1)}"
     share, reached = o.target
     if share is None:
         return f"{o.winner.id} does not reach {what} with every seed ({reached} of {settings.final_seeds} did)"
-    least = "at most " if max(share.values) <= TARGET_AT[0] else ""
+    least = "at most " if min(share.values) <= TARGET_AT[0] else ""  # there it was not measured when
     return f"{o.winner.id} needs {least}{budget_times(settings, share.mean)} for {what}: {share} of the time"
 
 
@@ -2981,7 +2993,7 @@ def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome
     family = lineage(rows, best.id)
     result = {"stage": "search", "note": "the best of the search so far; its score is not yet confirmed by the final"}
     if o.winner:
-        share, reached = o.target
+        share, reached = o.target or (None, None)
         result = {
             "stage": "final",
             "final": {"winner": standing(o.winner), "baselines": by_hand(o.final)},
@@ -2999,7 +3011,7 @@ def best_genome(rows: list[Result], header: dict, settings: Settings, o: Outcome
             },
         }
     shown = ("generation", "id", "parents", "operator", "val_bpb", "params", "summary")
-    rival = o.rival or next(iter(best_baselines(rows)), None)
+    rival = o.rival or best_baseline(rows)
     return {
         "id": best.id,
         "summary": best.genome.summary,
@@ -3036,8 +3048,9 @@ def picture(rows: list[Result], title: str, controls: Controls, o: Outcome, sett
     generations = sorted({r.generation for r in ok})
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(10, 13 if o.winner else 9))
-        panels = {"better better": 1, "made cost": 1, **({"lead lead": 0.8} if o.winner else {})}
-        axes = figure.subplot_mosaic([row.split() for row in panels], height_ratios=list(panels.values()))
+        panels = {"better better": 1, "made cost": 1, **({"lead lead": 0.7} if o.winner else {})}
+        heights, mosaic = list(panels.values()), [row.split() for row in panels]
+        axes = figure.subplot_mosaic(mosaic, height_ratios=heights, width_ratios=[0.75, 1])
         if o.winner:
             draw_leads(axes["lead"], o, settings)
         best = leader(rows, o)
@@ -3097,6 +3110,8 @@ def draw_scores(
          if what == wanted}
         for wanted in ("strategy", "seed")
     )  # fmt: skip
+    took = {strategy: clocked(controls["strategy", strategy])[-1:] for strategy in strategies}
+    whole = clocked(rows)[-1][0]
     levels: dict[str, float] = {}  # the best baseline of each kind
     for c in candidates(of_stage(rows, "baseline")):
         levels.setdefault(c.id.split("-")[0], c.mean)
@@ -3117,14 +3132,16 @@ def draw_scores(
         scores[r.generation].append(r.val_bpb)
     point = dict(marker="o", ms=4) if len(generations) == 1 else {}  # a line of one point cannot be seen
     median = [statistics.median(scores[g]) for g in generations]
-    axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of the generation", **point)
+    axis.plot(generations, median, color=COLOURS[1], lw=1.5, ls="--", label="median of those with a score", **point)
     axis.plot(generations, best, color=COLOURS[0], lw=2.5, label="best so far, mean of its evaluations", **point)
     means = {c.id: c.mean for c in searched(rows)}
     if known := [r for r in line if r.id in means]:
         x, y = [r.generation for r in known], [means[r.id] for r in known]
         axis.plot(x, y, color=COLOURS[7], lw=1, marker="o", ms=4, mfc="none", label="the winner's line of descent")
     for (strategy, line), color in zip(strategies.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
-        axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search for as long")
+        seconds = took[strategy][0][0] if took[strategy] else 0.0
+        so_long = " for as long" if seconds > 0.98 * whole else f", stopped after {seconds / 60:.0f} minutes"
+        axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search{so_long}")
     label = "best so far, other seeds"
     for seed, line in seeds.items():
         axis.plot(generations, line, color=COLOURS[0], lw=1.2, label=label)
@@ -3196,23 +3213,26 @@ def draw_leads(axis, o: Outcome, settings: Settings):
     rows = {once: o.winner, f"{longer}, as found": o.as_found, f"{longer}, grown": o.grown,
             f"{once}, {1 / settings.long_factor:.0%} of the text": o.on_less_text}  # fmt: skip
     rows, place, ticks, ends = {name: s for name, s in rows.items() if s}, 0.0, {}, [0.0]
+    colors = dict(zip(FAMILIES, itertools.cycle(COLOURS), strict=False))
     for name, s in rows.items():
         passes = of_passes([s.passes])
-        text = f"{s.id}, {name}" + (f"\n{passes} passes over the text" if passes else "")
-        ticks[place + 0.5 * max(0, len(s.leads) - 1)] = text
-        for color, (baseline, lead) in zip(itertools.cycle(COLOURS), s.leads.items(), strict=False):
-            axis.errorbar(lead.mean, place, xerr=lead.half or 0.0, fmt="o", color=color, capsize=3, ms=5)
-            # above its interval, in the middle of the axis: there is room for a long name
-            axis.annotate(lead_text(lead, baseline), (0.5, place), (0, 6), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-            ends += [lead.mean - (lead.half or 0.0), lead.mean + (lead.half or 0.0)]
-            place += 1
-        place += 0.3 if s.leads else 1.3
+        ticks[place + 0.3 * (len(s.leads) - 1)] = f"{name}\n{s.id}" + (f", {passes} passes" if passes else "")
+        for baseline, lead in s.leads.items():
+            half, look = lead.half or 0.0, dict(color=colors[family_of(baseline)])
+            look["mfc"] = look["color"] if sure(lead) else "white"
+            axis.errorbar(lead.mean, place, xerr=half, fmt="o", capsize=4, ms=6, **look)
+            ends += [lead.mean - half, lead.mean + half]
+            place += 0.6
+        place += 0.6 if s.leads else 1.2
+    for family in dict.fromkeys(family_of(name) for s in rows.values() for name in s.leads):
+        axis.plot([], [], "o", color=colors[family], label=f"over the best {family}")
+    axis.plot([], [], "o", color="#555555", mfc="white", label="may be chance")
     axis.axvline(0, color="#555555", lw=1, ls=":")
     axis.set_yticks(list(ticks), list(ticks.values()), fontsize=10)
     room = 0.1 * max(max(ends) - min(ends), 1e-3)
-    axis.set(xlim=(min(ends) - room, max(ends) + room), ylim=(place - 0.5, -0.9))
-    faster = f" It needs {o.target[0].mean:.0%} of the time of {o.rival.id}" if o.target[0] else ""
+    axis.set(xlim=(min(ends) - room, max(ends) + room), ylim=(place - 0.6, -0.6))
+    axis.legend(fontsize=10, loc="upper center", ncol=3, bbox_to_anchor=(0.4, -0.2))
+    faster = f"  {target_text(o, settings).partition(':')[0]}" if o.target and o.target[0] else ""
     axis.set(title=f"Does the lead last?{faster}", xlabel="lead on test in bits per byte (higher is better)")
 
 
@@ -3222,7 +3242,11 @@ def draw_leads(axis, o: Outcome, settings: Settings):
 # when they were read: everything after that writes Markdown and Mermaid without looking back.
 
 ENOUGH = 40  # ancestors, or genomes of a front, that are shown; of more only the line of descent, or the best
-FEW = 3  # newcomers that have to have a trait of which the report says what it is worth
+FEW = 3  # newcomers that have to have a trait, or children that got or lost it, for the report to say what it is worth
+HALFWAY = (
+    "By the half-way loss: the mean training loss from 40 to 50 % of the budget, put right for speed, in nats per "
+    "token."
+)
 
 
 def harmless(text: object) -> str:
@@ -3253,8 +3277,8 @@ def mermaid(lines: list[str]) -> list[str]:
     return ["```mermaid", *(line.replace("&#", "#") for line in lines), "```", ""]
 
 
-def signed(e: Estimate | None) -> str | None:
-    return e and f"{'+' * (e.mean >= 0)}{e}"
+def signed(e: Estimate | None, digits: int = 4) -> str | None:
+    return e and f"{e.mean:+.{digits}f} ± {'?' if e.half is None else f'{e.half:.{digits}f}'}"
 
 
 def average(values, digits: int) -> str | None:
@@ -3294,8 +3318,8 @@ def clustered(groups: list[list[float]]) -> Estimate:
     return Estimate(statistics.fmean(values), student(n) * deviation * math.sqrt(n / (n - 1)), values)
 
 
-def halfway_losses(rows: list[Result]) -> dict[tuple, float]:
-    """The half-way loss of each evaluation of the search, in nats per token, by evaluation.
+def halfway_losses(rows: list[Result], settings: Settings) -> dict[tuple, float]:
+    """The half-way loss of each evaluation of the search, put right for speed, in nats per token, by evaluation.
 
     Who was stopped before is taken at its last whole tenth, less what the losses of the others fell from there.
     """
@@ -3311,7 +3335,8 @@ def halfway_losses(rows: list[Result]) -> dict[tuple, float]:
     losses = {}
     for row in trained:
         last = min(5, tenth[row.evaluation])
-        losses[row.evaluation] = row.loss_of(last) + (fall(last) if last < 5 else 0) if last > 0 else math.inf
+        loss = row.loss_of(last) + (fall(last) if last < 5 else 0) if last > 0 else math.inf
+        losses[row.evaluation] = outlook(loss, row.tokens_per_s or 1, settings)
     return {evaluation: loss for evaluation, loss in losses.items() if loss < math.inf}
 
 
@@ -3361,29 +3386,43 @@ def feature_text(feature: tuple) -> str:
     return " ".join([*([op] if op not in ("any", "genome") else []), *(["{}={}".format(*choice)] if choice else [])])
 
 
-RECURRENT = ("retention", "ssm", "gru")
+TURNS = "recurrence and attention in turn"
+BY_HAND: dict[str, Callable[[Gene], bool]] = {  # what people found by hand, and build today: whether a gene has it
+    "attention": lambda gene: gene.op == "attention",
+    "a convolution or shift before attention": lambda gene: (
+        gene.op in ("conv1d", "shift") or (gene.op == "attention" and gene.conv > 0)
+    ),
+    "recurrence (or linear attention)": lambda gene: gene.op in ("retention", "ssm", "gru"),
+    "a table of n-grams": lambda gene: gene.op == "ngram" or (gene.op == "attention" and gene.values == "bigram"),
+    "the token in the values of attention": lambda gene: (
+        gene.op == "attention" and gene.values in ("token", "embedding")
+    ),
+    "an MLP, gated or plain": lambda gene: gene.op == "gate",
+    "learned keys and values, as an MLP": lambda gene: gene.op == "memory",
+    "experts": lambda gene: gene.op == "moe_router",
+}
 
 
 @functools.lru_cache(maxsize=10_000)
-def built_by_hand(genome: Genome) -> dict[str, int]:
-    """How often a network has each of the parts that people found by hand, and build today."""
-    genes = [node.gene for node in genome.network]
-    ops = ["recurrence" if gene.op in RECURRENT else gene.op for gene in genes]
-    before = ops[: max((i for i, op in enumerate(ops) if op == "attention"), default=0)]  # the last attention
-    turns = itertools.pairwise(op for op in ops if op in ("attention", "recurrence"))
-    attention = [dict(gene.traits) for gene in genes if gene.op == "attention"]
-    values = [traits["values"] for traits in attention]
-    return {
-        "attention": len(attention),
-        "a convolution or shift before attention": sum(bool(traits["conv"]) for traits in attention)
-        + sum(op in ("conv1d", "shift") for op in before),
-        "recurrence (or linear attention)": ops.count("recurrence"),
-        "recurrence and attention in turn": sum(a != b for a, b in turns),
-        "a table of n-grams": ops.count("ngram") + values.count("bigram"),
-        "the token in the values of attention": values.count("token") + values.count("embedding"),
-        "an MLP, gated or plain": ops.count("gate"),
-        "experts": ops.count("moe_router"),
+def built_by_hand(genome: Genome) -> dict[str, tuple[int, ...]]:
+    """For each part that people found by hand, of which genes its occurrences in the network are, from 1.
+
+    A convolution or shift counts where an attention comes later. TURNS has what follows the other of the two.
+    """
+    nodes = genome.network
+    last = max((i for i, node in enumerate(nodes) if node.gene.op == "attention"), default=-1)
+    found = {
+        part: tuple(
+            node.at
+            for i, node in enumerate(nodes)
+            if has(node.gene) and (i <= last or not part.endswith("before attention"))
+        )
+        for part, has in BY_HAND.items()
     }
+    recurrent = set(found["recurrence (or linear attention)"])
+    mixers = [(node.at, node.at in recurrent) for node in nodes if node.at in recurrent or node.gene.op == "attention"]
+    found[TURNS] = tuple(at for (_, before), (at, now) in itertools.pairwise(mixers) if before != now)
+    return found
 
 
 def halfway_noise(rows: list[Result], losses: dict[tuple, float]) -> float | None:
@@ -3492,9 +3531,14 @@ def budget_of(rows: list[Result], stage: str, settings: Settings) -> str:
     return budget_times(settings, next((row.budget for row in rows if row.stage == stage), 1.0))
 
 
+def sure(lead: Estimate) -> bool:
+    """Whether zero lies outside its interval."""
+    return lead.half is not None and abs(lead.mean) > lead.half
+
+
 def lead_text(lead: Estimate, over: str) -> str:
     how = f"{abs(lead.mean):.4f} ± {'?' if lead.half is None else f'{lead.half:.4f}'}"
-    chance = "" if lead.half is not None and abs(lead.mean) > lead.half else " (which may be chance)"
+    chance = "" if sure(lead) else " (which may be chance)"
     return f"{how} {'better' if lead.mean >= 0 else 'worse'} than {over}{chance}"
 
 
@@ -3522,20 +3566,28 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
         return ["No genome of the search has a score yet." if known else "The search has not begun."]
     if o.winner:
         rival, raced = o.rival, of_stage(rows, "final")
-        lead, *longer = (
-            s and " and ".join(lead_text(s.leads[name], name) for name in of_each_family(s.leads))
-            for s in (best, o.as_found, o.grown)
-        )
-        longer = [f"{s.id} is {text}" for s, text in zip((o.as_found, o.grown), longer, strict=True) if text]
-        after = f"After {budget_times(settings, settings.long_factor)}"
+        several = sum(not family_of(s.id) for s in o.final)
+        of_several = f"on val of the {several} best " if several > 1 else ""
+        told = {s.id: f"{s.id} is {over}" for s in (o.as_found, o.grown) if s and (over := leads_text(s))}
+        less = o.on_less_text and leads_text(o.on_less_text)
+        seeds = f"{len(best.test.values)} seed{'s' * (len(best.test.values) > 1)} never used before, 95 % intervals"
         sentences = [
-            f"The best genome of the search is {best.id}, {best.genome.summary}: {best.test} bits per byte on test "
-            f"after {budget_of(rows, 'final', settings)}, {lead or 'without a rival'}.",
-            f"{after} {', '.join(longer)}." if longer else "Whether that lasts is not in the record.",
+            f"{best.id}, {best.genome.summary}, is the best {of_several}of the search: {best.test} bits per byte on "
+            f"test after {budget_of(rows, 'final', settings)}, {leads_text(best) or 'without a rival'} ({seeds}).",
+            f"After {budget_times(settings, settings.long_factor)} {', '.join(told.values())}."
+            if told
+            else "Whether that lasts is not in the record.",
         ]
-        sentences += [f"{target_text(o, settings)}."] if rival and raced[0].budget == 1 else []
+        if less:
+            sentences += [f"After {budget_times(settings, 1)} on {1 / settings.long_factor:.0%} of the text, which it "
+                          f"saw {o.on_less_text.passes:.1f} times, {best.id} is {less}."]  # fmt: skip
+        sentences += [f"{target_text(o, settings)}."] * (raced[0].budget == 1 and bool(target_text(o, settings)))
+        given = next((row.id for row in known if row.operator == "start" and row.key == best.genome.key), None)
+        built = next((row.id for row in rows if row.stage == "baseline" and row.key == best.genome.key), None)
+        sentences += [f"{best.id} was not found by this run: it is one of the designs of --start."] if given else []
+        sentences += [f"{best.id} is the network of {built}, which people built."] if built else []
     else:
-        rival, raced = next(iter(best_baselines(rows)), None), rows
+        rival, raced = best_baseline(rows), rows
         wanted = [stage for stage in STAGES if stage != "baseline" or settings.baseline_trials]
         lacking = [stage for stage in wanted if not of_stage(rows, stage)]
         now_in = [stage for stage in wanted if stage not in lacking][-1]
@@ -3555,8 +3607,14 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
             name = f"the control {value}" if what == "strategy" else f"{what} {value}"
             against.append(f"{lead_text(lead[1], name)} after {lead[0]:.1f} minutes of each")
     none = "No control (--strategy random, drift) stands in runs/: what selection adds is not measured."
-    sentences.append(f"In the search, on val, the best is {'; '.join(against)}." if against else none)
+    once = "One run of each: the interval is the noise of trials, not what other seeds of the search would find."
+    sentences.append(f"In the search, on val, the best by then is {'; '.join(against)}. {once}" if against else none)
     return [*sentences, f"{', '.join(pace_text(raced, c.id) for c in (best, rival) if c)}."]
+
+
+def leads_text(s: Standing) -> str:
+    """Its leads over the best of each family, in words."""
+    return " and ".join(lead_text(s.leads[name], name) for name in of_each_family(s.leads))
 
 
 def of_each_family(baselines) -> list[str]:
@@ -3597,20 +3655,25 @@ def final_table(standing: list[Standing], rows: list[Result], before: dict[str, 
     return as_table(head, lines)
 
 
+def grown_text(rows: list[Result]) -> str:
+    """What each size reached in the one evaluation by which sizes are chosen."""
+    return ", ".join(f"{row.id} {score_text(row.val_bpb)}" for row in of_stage(rows, "grow"))
+
+
 def final_section(rows: list[Result], settings: Settings, o: Outcome) -> list[str]:
     before = {c.id: c.mean for c in [*searched(rows), *candidates(of_stage(rows, "baseline"))]}
     longer, share = budget_times(settings, settings.long_factor), f"{1 / settings.long_factor:.0%} of the text"
     parts = {
         f"After {budget_of(rows, 'final', settings)}, fresh seeds, ranked by val; bits per byte, 95 % intervals, leads "
         "on test seed by seed.": final_table(o.final, of_stage(rows, "final"), before),
-        f"Does the lead last? After {longer}; +1 is grown by one step.": [
+        f"Does the lead last? After {longer}; +1 is grown by one step. All of these were tried before, once each, with "
+        f"another seed, to choose the size: {grown_text(rows)}.": [
             *final_table(o.long, of_stage(rows, "long"), {}),
             *(f"- {name} was not tried: {why}" for name, why in o.too_large.items()),
             *[""] * bool(o.too_large),
         ],
-        f"Is it that the text is seen more often? {budget_of(rows, 'passes', settings)} on {share}.": final_table(
-            o.passes, of_stage(rows, "passes"), {}
-        ),
+        f"Is the lead only memorised? After {budget_of(rows, 'passes', settings)} on {share}, seen as often as all of "
+        f"it in {longer}.": final_table(o.passes, of_stage(rows, "passes"), {}),
     }
     named = {s.id: s.genome.summary for s in (*o.final, *o.long, *o.passes)}
     return [
@@ -3618,6 +3681,16 @@ def final_section(rows: list[Result], settings: Settings, o: Outcome) -> list[st
         *(f"- {id}: {summary}" for id, summary in named.items()),
         *[""] * bool(named),
     ]
+
+
+GRAPH = (
+    "The number of each gene, its operation, width, and what is not the default. Along + a state is added to what "
+    "comes out; along tokens they are read as well."
+)
+LINEAGE = (
+    "Of each ancestor: the operators that made it, the mean of its val_bpb over so many evaluations, and what it has "
+    "otherwise than its parent, of two the one more like it."
+)
 
 
 def network_graph(genome: Genome) -> list[str]:
@@ -3631,7 +3704,7 @@ def network_graph(genome: Genome) -> list[str]:
         lines += [f'  subgraph r{at}["{times} times"]'] if times > 1 else []
         for state, node in enumerate(network[at : at + len(run)], start=at + 1):
             place[state] = f"s{state}"
-            lines.append(f'  s{state}["{" ".join(genome.words[state - 1].split())}"]')
+            lines.append(f'  s{state}["{node.at}: {" ".join(genome.words[state - 1].split())}"]')
             edges += [f"  {place[node.source]} --> s{state}"] if node.source is not None else []
             edges += [f"  {place[node.skip]} -. + .-> s{state}"] if node.skip is not None else []
             edges += [f"  s0 -. tokens .-> s{state}"] if set(node.gene.reads) - {"stream"} else []
@@ -3677,7 +3750,7 @@ def gene_changes(before: Genome, after: Genome) -> list[str]:
                     [word for word in x.split() if word not in y.split()] for x, y in ((old, new), (new, old))
                 )
                 if gone or come:
-                    found.append(f"{old.split()[0]}: {' '.join(gone) or 'as usual'} → {' '.join(come) or 'as usual'}")
+                    found.append(f"{old.split()[0]}: {' '.join(gone) or 'default'} → {' '.join(come) or 'default'}")
             found += [*(f"- {gene}" for gene in a[i:j]), *(f"+ {gene}" for gene in b[k:l])]
             at = j, l
     traits = [(name, getattr(before, name), getattr(after, name)) for name in GENOME_TRAITS]
@@ -3693,7 +3766,7 @@ def lineage_graph(rows: list[Result], name: str) -> list[str]:
     number = {row.id: n for n, row in enumerate(family)}
     for row in family:
         parents = [parent for parent in row.parents.split(",") if parent in genomes]
-        score = f"{scores[row.id].mean:.4f}, {len(scores[row.id].scores)} x" if row.id in scores else row.status
+        score = f"{scores[row.id].mean:.4f} ({len(scores[row.id].scores)})" if row.id in scores else row.status
         changes = [genomes[row.id].summary]
         if parents:
             nearest = min(parents, key=lambda parent: gene_distance(genomes[parent], genomes[row.id]))
@@ -3714,26 +3787,35 @@ def by_hand_section(rows: list[Result], leaders: list[set[str]], winner: Genome 
     """What became of the parts that people found by hand."""
     if winner is None:
         return []
-    had = {row.id: built_by_hand(Genome.from_json(row.genome)) for row in rows if row.is_newcomer}
-    until = last_of_survivors(leaders, {id: [part for part, n in own.items() if n] for id, own in had.items()})
-    own, scores = built_by_hand(winner), {c.id: c.mean for c in reversed(searched(rows))}  # the best last
-    less = {row.id: built_by_hand(Genome.from_json(row.genome)) for row in of_stage(rows, "ablate")}
-    worth = {id: estimate(values) for id, values in worth_of_parts(rows, winner.key).items() if values}
+    had = {row.id: {part for part, at in built_by_hand(Genome.from_json(row.genome)).items() if at}
+           for row in rows if row.is_newcomer}  # fmt: skip
+    anew = collections.Counter()  # newcomers of which no parent had it
+    for row in rows:
+        if row.is_newcomer:
+            anew.update(had[row.id].difference(*(had.get(name, set()) for name in row.parents.split(","))))
+    until, worth = last_of_survivors(leaders, had), worth_of_parts(rows, winner.key)
+    changes = {less.key: (what, less) for what, less in without_a_part(winner).items()}
+
+    def ops_of(genome: Genome) -> collections.Counter:
+        return collections.Counter(node.gene.op for node in genome.network)
+
     lines = []
-    for part, times in own.items():
-        best: dict[bool, str] = {had[id][part] > 0: f"{score:.4f}" for id, score in scores.items()}
-        gone = [(sum(abs(own[other] - less[id][other]) for other in own), -e.mean, id) for id, e in worth.items()
-                if less[id][part] < times]  # fmt: skip
-        lost = [signed(worth[min(gone)[-1]]) if gone else None] * bool(worth)
-        newcomers = sum(counts[part] > 0 for counts in had.values())
-        lines.append([part, newcomers, until.get(part), times or None, best.get(True), best.get(False), *lost])
-    head = ["part", f"of {len(had)} newcomers", "among the survivors until", "times in the winner", "best with it",
-            "best without it", *["worth in the winner"] * bool(worth)]  # fmt: skip
-    told = (" Worth in the winner: what it loses, in bits per byte, where one of them is taken out with as little else "
-            "as can be; the dearest of them.") * bool(worth)  # fmt: skip
+    for part, places in built_by_hand(winner).items():
+        told = []
+        for at in dict.fromkeys(places if part != TURNS else ()):
+            # of the changes to its gene after which there is less of it the one that takes out least else
+            own = [((ops_of(winner) - ops_of(less)).total(), -worth[key].mean, key)
+                   for key, (what, less) in changes.items() if what.startswith(f"gene {at}:") and worth.get(key)
+                   and len(built_by_hand(less)[part]) < len(places)]  # fmt: skip
+            told += [signed(worth[min(own)[-1]])] if own else []
+        newcomers = sum(part in own for own in had.values())
+        told = [", ".join(told) or None] * bool(worth)
+        lines.append([part, len(places) or None, *told, newcomers, anew[part], until.get(part)])
+    head = ["part", "in the winner", *["what each is worth there"] * bool(worth), f"of {len(had)} newcomers",
+            "of them anew", "among the survivors until"]  # fmt: skip
     return [
-        "What evolution found again of what people build today, and what it left. Best: val_bpb in the search, the "
-        f"mean of all evaluations.{told}",
+        "What evolution found again of what people build today, and what it left. Anew: drawn or mutated, as no parent "
+        "had it. What few newcomers had was hardly tried: that it is absent says little against it.",
         "",
         *as_table(head, lines),
     ]
@@ -3752,11 +3834,20 @@ def features_section(
 
     def line(feature: tuple) -> list:
         value = worth.get(feature)
+        value = value and len(value.values) >= FEW and dataclasses.replace(value, mean=-value.mean)
         times = winner.ops.count(feature[0]) if winner and len(feature) == 1 else 0
         held = (str(times) if times else "yes") if winner and feature in features(winner) else None
-        changed = len(value.values) if value else None
-        near = f"{beside[feature]:+.4f}" if feature in beside else None
-        return [feature_text(feature), tried[feature], until.get(feature), held, signed(value), changed, near]
+        changed = len(worth[feature].values) if feature in worth else None
+        near = f"{-beside[feature]:+.3f}" if feature in beside else None
+        return [
+            feature_text(feature),
+            tried[feature],
+            until.get(feature),
+            held,
+            signed(value or None, 3),
+            changed,
+            near,
+        ]
 
     head = ["part", f"of {len(newcomers)} newcomers", "among the survivors until", "in the winner",
             "importance", "of children", "association"]  # fmt: skip
@@ -3765,11 +3856,11 @@ def features_section(
     rare = len(traits) - len(shown)
     rest = f"; left out, as fewer than {FEW} newcomers had them: {rare}" if rare else ""
     return [
-        "Nats per token on the half-way loss, below zero where a part helps. *Importance*: a child that gained or lost "
-        "the part minus its parent, by the mean of the parent's evaluations; 95 % intervals, from parents drawn again, "
-        "and no narrower than the noise of both. A child may differ in more than one part. *Association*: newcomers "
-        "with the part minus those without, within their generation: it says what good genomes have, not what makes "
-        "them good.",
+        f"{HALFWAY} Above zero a part helps. *Importance*: what a child gained that got the part, or lost with it, "
+        "against the mean of its parent's evaluations; 95 % intervals, bootstrapped over parents, and no narrower than "
+        f"the noise of both; of {FEW} children or more. A child may differ in more than one part. *Association*: how "
+        "much better the newcomers with the part were than those without, within their generation: it says what good "
+        "genomes have, not what makes them good.",
         "",
         *as_table(head, [line((op,)) for op in OPS if (op,) in tried]),
         "<details>",
@@ -3800,7 +3891,7 @@ def operators_section(rows: list[Result], losses: dict[tuple, float], taken: lis
     head = ["operator", "children", "better than the parent", "stopped", "failed", "mean gain"]
     sure = f" of {noise:.4f} in one evaluation" if noise is not None else ", which is not known yet"
     return [
-        f"By the half-way loss, in nats per token. Better is by more than the noise of the difference (95 %; "
+        f"By the half-way loss. Better is by more than the noise of the difference (95 %; "
         f"noise{sure}): by luck alone one in forty. A child of several operators counts with each.",
         "",
         *as_table(head, lines),
@@ -3825,27 +3916,34 @@ def generations_section(rows: list[Result], losses: dict[tuple, float], leaders:
         correlations.append(own)
         weights.append(len(new))
         known = None if math.isnan(best[g]) else f"{best[g]:.4f}"
-        lines.append([g, len(new), known, len({root.get(id, id) for id in alive}), average(apart, 2),
-                      *(None if r is None else f"{r:+.2f}" for r in own)])  # fmt: skip
+        ends = collections.Counter(row.status for row in search if row.generation == g)
+        failed = ends.total() - ends["ok"] - ends["stopped"]
+        newcomers = sum(row.is_newcomer for row in search if row.generation == g)
+        lines.append([g, newcomers, ends["stopped"], failed, known, len({root.get(id, id) for id in ids}),
+                      average(apart, 2)])  # fmt: skip
     means = []
     for column in zip(*correlations, strict=True):
         pairs = [(r, n) for r, n in zip(column, weights, strict=True) if r is not None]
         means.append(f"{sum(r * n for r, n in pairs) / sum(n for _, n in pairs):+.2f}" if pairs else None)
-    head = ["generation", "newcomers", "best val_bpb", "roots alive", "distance", "depth", "width", "parameters",
-            "tokens/s"]  # fmt: skip
+    names = ("depth", "width", "parameters", "tokens/s")
+    goes_with = ", ".join(f"{name} {mean}" for name, mean in zip(names, means, strict=True) if mean)
+    head = ["generation", "newcomers", "stopped", "failed", "best val_bpb", "roots of the survivors", "distance"]
     when = converged(rows)
     came = ["When the best was within the noise of the end is not known, as none was evaluated twice."]
     if when:
-        came = [f"The best was within the noise of the end in generation {when[0]} of {len(leaders) - 1}, after "
-                f"{when[1]:.1f} of {when[2]:.1f} minutes of the search on the device."]  # fmt: skip
+        came = [f"The best came within {noise_floor(rows):.4f}, the standard deviation of a trial, of its last score "
+                f"in generation {when[0]} of {len(leaders) - 1}, after {when[1]:.1f} of {when[2]:.1f} minutes of the "
+                "search on the device."]  # fmt: skip
+    told = (f"Within a generation, what goes with a worse half-way loss: {goes_with} (rank correlation, mean of the "
+            "generations; below zero where more of it goes with a better one).")  # fmt: skip
     return [
         *came,
         "",
-        "Roots: random genomes that the newcomers and the best of a generation descend from. Distance: how unlike the "
-        "genes of two of them are, from 0 to 1. On the right the rank correlation of the newcomers' half-way loss with "
-        "their depth, width, parameters and speed: above zero where more of it goes with a worse loss.",
+        "Roots: the random genomes that the survivors descend from, of two parents by the first. Distance: how unlike "
+        "the genes of two of the generation and its survivors are, on average, from 0 to 1.",
         "",
-        *as_table(head, [*lines, ["mean", sum(weights), None, None, None, *means]]),
+        *as_table(head, lines),
+        *([told, ""] if goes_with else []),
     ]
 
 
@@ -3876,9 +3974,9 @@ def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str
         # tenths without a loss, and the one that had just begun
         left = sum(sum(map(math.isnan, row.curve)) + 1 for row in stopped) / CURVE
         saved = left / max(1, len(of_stage(rows, "search")))
-        ran_on = f"; {len(spared)} that missed it ran on, {survived} of them to survive" if spared else ""
-        lines += [f"The hurdle stopped {len(stopped)} of {len(newcomers)} newcomers and saved {saved:.0%} of all "
-                  f"training{ran_on}.", ""]  # fmt: skip
+        ran_on = f"; {len(spared)} that missed it ran on, {survived} of them into the best" if spared else ""
+        lines += [f"The hurdle stopped {len(stopped)} of {len(newcomers)} newcomers and saved {saved:.0%} of the "
+                  f"training in the search{ran_on}.", ""]  # fmt: skip
     fair = [
         r
         for r in newcomers
@@ -3890,9 +3988,9 @@ def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str
     outlooks = [outlook(r.halfway_loss, r.tokens_per_s or 1, settings) for r in fair]
     by_loss, by_outlook = (rank_correlation(those, scores, weights) for those in (losses, outlooks))
     if None not in (by_loss, by_outlook):
-        lines += [f"The half-way loss ranks {by_loss:.2f} with the score, put right for speed {by_outlook:.2f} (rank "
-                  f"correlation, {len(fair)} newcomers: generation 0, and those that missed the hurdle and ran on, who "
-                  f"stand for all that missed it).", ""]  # fmt: skip
+        lines += [f"The half-way loss ranks {by_outlook:.2f} with the score, as it is, not put right for speed, "
+                  f"{by_loss:.2f} (rank correlation, {len(fair)} newcomers: generation 0, and those that missed the "
+                  "hurdle and ran on, who stand for all that missed it).", ""]  # fmt: skip
     causes = collections.defaultdict(collections.Counter)
     for row in rows:
         if row.status != "ok":
@@ -3902,7 +4000,10 @@ def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str
          "; ".join(f"{note} ({n})" for note, n in own.most_common(3) if note) or None]
         for status, own in sorted(causes.items())
     ]  # fmt: skip
-    lines += as_table(["status", "evaluations", "what happened", "notes, the most frequent first"], listed)
+    if set(causes) <= {"stopped"}:
+        lines += [f"Nothing else went wrong: none of {len(rows)} evaluations failed.", ""]
+    else:
+        lines += as_table(["status", "evaluations", "what happened", "notes, the most frequent first"], listed)
     slower = [row for row in rows if "against its first evaluation" in row.note]
     told = "; ".join(f"{row.id} {row.note}" for row in slower[:10])
     lines += [f"{len(slower)} repeats trained at another speed than at first: {told}.", ""] if slower else []
@@ -3916,7 +4017,7 @@ CONTEXT = {"induction": "induction", "recall_near": "recall", "recall_middle": "
 def context_section(rows: list[Result], settings: Settings) -> list[str]:
     groups = collections.defaultdict(list)
     for row in rows:
-        if row.test_bpb is not None and row.induction is not None and row.stage in STAGES:
+        if row.test_bpb is not None and row.induction is not None and row.stage in ("final", "long", "passes"):
             groups[row.stage, row.budget, row.id].append(row)
     back = iter(max(2, int(settings.seq_len * share)) for share in RECALL_SHARES)
     names = [f"{what}, {next(back):,} back" if what == "recall" else what for what in CONTEXT.values()]
@@ -3942,14 +4043,24 @@ def ablated_scores(rows: list[Result]) -> dict[str, dict[int, float]]:
     return scores
 
 
-def worth_of_parts(rows: list[Result], whole: str) -> dict[str, list[float]]:
-    """How much worse the design of that key is without a part, seed by seed, by the key of what is left."""
+def worth_of_parts(rows: list[Result], whole: str) -> dict[str, Estimate | None]:
+    """How much worse the design of that key is without a part, by the key of what is left; None where that failed.
+
+    Seed by seed; the deviation of all these differences is taken as one, as each has few seeds.
+    """
     scores = ablated_scores(rows)
     parts_of = {less.key for row in of_stage(rows, "ablate") if row.id == whole
                 for less in without_a_part(Genome.from_json(row.genome)).values()}  # fmt: skip
     parts_of |= {row.id for row in of_stage(rows, "ablate") if row.parents == whole}
-    return {less: [scores[less][n] - score for n, score in scores.get(whole, {}).items() if n in scores[less]]
-            for less in scores if less in parts_of}  # fmt: skip
+    worth = {less: tuple(scores[less][n] - score for n, score in scores.get(whole, {}).items() if n in scores[less])
+             for less in scores if less in parts_of}  # fmt: skip
+    noise, free = deviation(worth.values()), sum(len(own) - 1 for own in worth.values() if own)
+
+    def of(own: tuple[float, ...]) -> Estimate | None:
+        half = None if noise is None else student(free + 1) * noise / math.sqrt(max(1, len(own)))
+        return Estimate(statistics.fmean(own), half, own) if own else None
+
+    return {less: of(own) for less, own in worth.items()}
 
 
 def ablation_section(rows: list[Result], settings: Settings) -> list[str]:
@@ -3964,12 +4075,14 @@ def ablation_section(rows: list[Result], settings: Settings) -> list[str]:
         parts_of = {row.id: row.operator for row in ablated if row.parents == whole}
         parts_of |= {less.key: what for what, less in without_a_part(genome).items()}
         for less, worth in worth_of_parts(rows, whole).items():
-            score = estimate(scores[less].values()) if scores[less] else last[less].status
-            cells.append([parts_of[less], score, estimate(worth) if worth else None])
+            score = f"{statistics.fmean(scores[less].values()):.4f}" if scores[less] else last[less].status
+            cells.append([parts_of[less], score, worth])
         cells.sort(key=lambda cell: -cell[2].mean if cell[2] else -math.inf)
         after = f"{estimate(scores[whole].values())} bits per byte on val after {budget_of(rows, 'ablate', settings)}"
         lines += [
-            f"{names.get(whole, whole)}, {genome.summary}: {after}. What is lost by each change, seed by seed:",
+            f"{names.get(whole, whole)}, {genome.summary}: {after}. What is lost by each change, seed by seed; below "
+            "zero it is better without. 95 % intervals, by the deviation of all these differences together: of twenty "
+            "one is wrong by chance.",
             "",
         ]
         lines += as_table(
@@ -3985,13 +4098,13 @@ def made_by(header: dict, rows: list[Result], settings: Settings) -> str:
     lacks = [name for name in ("order", "passes", "bpb_last") if all(getattr(row, name) is None for row in ok)]
     older = f", an earlier version, which did not record {', '.join(lacks)}" if lacks and ok else ""
     begun = f" Generation 0 began with what was known: {header['start']}." if header.get("start") else ""
-    run = f"{settings.strategy}, seed {settings.seed}, {budget_text(settings)} a trial on {device}, text {data}"
-    tried = [(len({row.id for row in own}), sum(row.spent for row in own) / 60)
-             for own in (of_stage(rows, "search"), of_stage(rows, "baseline"))]  # fmt: skip
-    told = ""
-    if tried[0][0]:
-        told = f" The search tried {tried[0][0]} designs in {tried[0][1]:.1f} minutes on the device"
-        told += f"; {tried[1][0]} were built by hand, in {tried[1][1]:.1f} minutes." if tried[1][0] else "."
+    run = f"{settings.strategy}, seed {settings.seed}, {budget_text(settings)} a trial on {device}, text: {data}"
+    tried = []
+    for stage in (*STAGES, "ablate"):
+        if own := of_stage(rows, stage):
+            designs = len({row.id for row in own})
+            tried.append(f"{stage} {len(own)} of {designs} designs, {sum(row.spent for row in own) / 60:.0f} min")
+    told = f" Evaluations and minutes on the device: {'; '.join(tried)}." * bool(tried)
     return f"{len(rows)} evaluations: {run}. By code {code} with torch {torch_is}{older}.{told}{begun}"
 
 
@@ -4004,13 +4117,14 @@ def report(rows: list[Result], header: dict, settings: Settings, controls: Contr
     settings = dataclasses.replace(settings, strategy=harmless(settings.strategy))
     controls = {(what, harmless(value)): other for (what, value), other in controls.items()}
     o = outcome_of_record(rows, settings, vocab_size_of(header))
-    best, leaders, losses = leader(rows, o), leaders_by_generation(rows, settings.survivors), halfway_losses(rows)
+    best, leaders = leader(rows, o), leaders_by_generation(rows, settings.survivors)
+    losses = halfway_losses(rows, settings)
     winner, taken = best and best.genome, steps(rows, losses)
     known = "The winner" if o.winner else "The best so far"
     sections = {
         "The final": final_section(rows, settings, o),
-        f"{known}, drawn": best and [f"{best.id}: {winner.summary}", "", *network_graph(winner)],
-        "How it came to be": best and lineage_graph(rows, best.id),
+        f"{known}, drawn": best and [f"{best.id}: {winner.summary}", "", GRAPH, "", *network_graph(winner)],
+        "How it came to be": best and [LINEAGE, "", *lineage_graph(rows, best.id)],
         "What people found by hand": by_hand_section(rows, leaders, winner),
         "What became of the parts": features_section(rows, losses, taken, leaders, winner),
         "What it is worth without a part": ablation_section(rows, settings),

@@ -231,8 +231,8 @@ def test_what_the_hurdle_saved():
     rows += [row(2, "g2.01", "spared", 2.8), row(2, "g2.02", "passed", 1.0), row(2, "g2.03", "stopped", None)]
     rows += [row(2, "g1.02", "", 2.5, "repeat"), row(2, "g0.01", "", 2.0, "repeat")]
     text = evolve.hurdle_section(rows, tiny(), evolve.leaders_by_generation(rows, 2))[0]
-    assert text == ("The hurdle stopped 2 of 7 newcomers and saved 12% of all training; 2 that missed it ran on, 1 of "
-                    "them to survive.")  # fmt: skip
+    assert text == ("The hurdle stopped 2 of 7 newcomers and saved 12% of the training in the search; 2 that missed it "
+                    "ran on, 1 of them into the best.")  # fmt: skip
 
 
 def test_noise_floor():

@@ -27,6 +27,7 @@ HEADER = {"data": "text", "device": "cpu", "vocab_size": 300, "code": "abc", "to
 PLAIN = Genome((Gene("norm"), Gene("conv1d", 64, skip=2)), embed_dim=64)
 DEEP = transformer(2, 64, 1)
 PART = ("shift",)
+TOKENS = Settings(token_budget=1)  # no loss has to be put right for speed
 
 
 def with_part(n: int) -> Genome:
@@ -51,7 +52,7 @@ def row(id: str, net: Genome = PLAIN, loss: float = 3.0, parents: str = "", oper
 
 
 def steps_of(rows: list[Result]) -> list[evolve.Step]:
-    return evolve.steps(rows, evolve.halfway_losses(rows))
+    return evolve.steps(rows, evolve.halfway_losses(rows, TOKENS))
 
 
 def cells_of(lines: list[str]) -> dict[str, list[str]]:
@@ -120,7 +121,7 @@ def test_an_interval_is_no_narrower_than_the_noise_of_child_and_parent():
     more = dataclasses.replace(with_part(1), lr_factor=2.0)
     rows += [row("g1.01", with_part(1), 3.0, "g0.01"), row("g1.02", more, 3.0, "g0.01")]
     rows += [row("g1.03", with_part(2), 3.9, "g0.02")]
-    noise = evolve.halfway_noise(rows, evolve.halfway_losses(rows))
+    noise = evolve.halfway_noise(rows, evolve.halfway_losses(rows, TOKENS))
     assert noise == pytest.approx(0.2 / math.sqrt(2))
     found = evolve.importance(steps_of(rows), noise)[PART]
     assert found.values == pytest.approx((-0.1, -0.1, -0.1))
@@ -156,17 +157,17 @@ def test_association_is_within_generations():
         [(with_part, 1.0), (with_part, 1.2), (without_part, 1.3)])]  # fmt: skip
     rows += [row("g2.00", with_part(5), 0.1), row("g3.00", without_part(5), 9.0)]  # nothing to compare with
     by_hand = ((3.0 - 3.5) * 3 / 4 + (1.1 - 1.3) * 2 / 3) / (3 / 4 + 2 / 3)
-    assert evolve.association(rows, evolve.halfway_losses(rows))[PART] == pytest.approx(by_hand)
+    assert evolve.association(rows, evolve.halfway_losses(rows, TOKENS))[PART] == pytest.approx(by_hand)
 
 
 def test_who_was_stopped_is_put_forward_to_the_middle():
     rows = [row("g0.00", loss=3.0), row("g0.01", loss=2.0)]  # both fall by 0.2 from the third tenth to the fifth
     rows += [row("g1.00", loss=2.5, status="stopped", trained=4), row("g1.01", loss=2.6, status="stopped", trained=6)]
     rows += [row("g1.02", status="diverged"), row("g1.03", loss=2.7, status="stopped", trained=1)]
-    losses = evolve.halfway_losses(rows)
+    losses = evolve.halfway_losses(rows, TOKENS)
     assert {key[1]: loss for key, loss in losses.items()} == pytest.approx(
         {"g0.00": 3.0, "g0.01": 2.0, "g1.00": 2.5, "g1.01": 2.6})  # fmt: skip
-    assert evolve.halfway_losses([dataclasses.replace(r, losses="") for r in rows]) == {}
+    assert evolve.halfway_losses([dataclasses.replace(r, losses="") for r in rows], TOKENS) == {}
 
 
 def test_features_are_ops_and_what_is_not_usual():
@@ -178,14 +179,15 @@ def test_features_are_ops_and_what_is_not_usual():
 
 
 MADE_BY_HAND = {
-    "attention": 3,
-    "a convolution or shift before attention": 2,
-    "recurrence (or linear attention)": 3,
-    "recurrence and attention in turn": 4,
-    "a table of n-grams": 2,
-    "the token in the values of attention": 1,
-    "an MLP, gated or plain": 1,
-    "experts": 2,
+    "attention": (5, 7, 8),
+    "a convolution or shift before attention": (2, 5),
+    "recurrence (or linear attention)": (3, 6, 10),
+    "recurrence and attention in turn": (5, 6, 7, 10),
+    "a table of n-grams": (1, 8),
+    "the token in the values of attention": (7,),
+    "an MLP, gated or plain": (11,),
+    "learned keys and values, as an MLP": (),
+    "experts": (12, 13),
 }
 
 
@@ -199,7 +201,7 @@ def test_what_people_build_by_hand_is_known_again():
         embed_dim=64,
     )  # fmt: skip
     assert evolve.built_by_hand(net) == MADE_BY_HAND, "a convolution behind the last attention is before none"
-    assert set(evolve.built_by_hand(PLAIN).values()) == {0}
+    assert set(evolve.built_by_hand(PLAIN).values()) == {()}
 
 
 def test_what_became_of_what_people_build_by_hand():
@@ -208,24 +210,43 @@ def test_what_became_of_what_people_build_by_hand():
         for genes in ((), [Gene("shift")], [Gene("ngram", 64)])
     )
     rows = [row("g0.00", tabled, 2.6, operator="random"), row("g0.01", PLAIN, 3.0, operator="random")]
-    rows += [row("g1.00", plain, 2.4), row("g2.00", shifted, 2.2), row("g2.01", plain, 2.8)]
-    rows += [row("g2.00", shifted, 2.0, operator="repeat", seed=1)]
+    rows += [row("g1.00", plain, 2.4, "g0.00"), row("g2.00", shifted, 2.2, "g1.00"), row("g2.01", plain, 2.8, "g0.01")]
     leaders = evolve.leaders_by_generation(rows, 2)
     told = cells_of(evolve.by_hand_section(rows, leaders, shifted))
-    assert told["part"][0] == "of 5 newcomers" and "worth in the winner" not in told["part"]
-    assert told["attention"] == ["4", "the end", "1", "1.0500", "1.5000"]
-    assert told["a convolution or shift before attention"] == ["1", "the end", "1", "1.0500", "1.2000"]
-    assert told["a table of n-grams"] == ["1", "generation 1", "—", "1.3000", "1.0500"]
-    assert told["experts"] == ["0", "—", "—", "—", "1.0500"]
+    assert told["part"] == ["in the winner", "of 5 newcomers", "of them anew", "among the survivors until"]
+    assert told["attention"] == ["1", "4", "2", "the end"], "drawn once, and once by a child whose parent had none"
+    assert told["a convolution or shift before attention"] == ["1", "1", "1", "the end"]
+    assert told["a table of n-grams"] == ["—", "1", "1", "generation 1"]
+    assert told["experts"] == ["—", "0", "0", "—"]
 
-    s = Settings(**SMALL)
-    worth = dict.fromkeys((less.key for less in without_a_part(shifted).values()), 0.5) | {plain.key: 0.125}
-    own = ablated(shifted, s, rows, lambda t: worth.get(t.id, 0.0))
+    worth = {less.key: 0.5 for less in without_a_part(shifted).values()} | {plain.key: 0.125}
+    own = ablated(shifted, Settings(**SMALL), rows, lambda t: worth.get(t.id, 0.0))
     told = cells_of(evolve.by_hand_section(rows + own, leaders, shifted))
-    assert told["part"][-1] == "worth in the winner"
-    assert told["a convolution or shift before attention"][-1] == "+0.1250 ± 0.0000", "not what the attention is worth"
-    assert told["attention"][-1] == "+0.5000 ± 0.0000" and told["experts"][-1] == "—"
+    assert told["part"][1] == "what each is worth there"
+    assert told["a convolution or shift before attention"][1] == "+0.1250 ± 0.0000", "not what the attention is worth"
+    assert told["attention"][1] == "+0.5000 ± 0.0000" and told["experts"][1] == "—"
     assert evolve.by_hand_section(rows, leaders, None) == []
+
+
+def test_each_occurrence_has_the_worth_of_the_change_that_takes_out_least_else():
+    """An attention with the token in its values, behind a recurrence in one branch, and another one."""
+    net = Genome(
+        (
+            Gene("ssm", 64), Gene("attention", 64, skip=2, values="token"), Gene("norm"),
+            Gene("attention", 64, skip=2, heads=4), Gene("gate", 64, skip=1),
+        ),
+        embed_dim=64,
+    )  # fmt: skip
+    worth = {"gene 2: without ssm→attention": 0.9, "gene 2: identity, not attention": 0.4, "gene 1: without ssm": 0.3}
+    worth |= {"gene 2: attention values plain, not token": 0.1, "gene 4: without norm→attention": -0.2}
+    by_key = {less.key: worth.get(what, 0.0) for what, less in without_a_part(net).items()}
+    assert set(worth) <= set(without_a_part(net))
+    rows = [row("g0.00", net, operator="random")]
+    own = ablated(net, Settings(**SMALL), rows, lambda t: by_key.get(t.id, 0.0))
+    told = cells_of(evolve.by_hand_section(rows + own, evolve.leaders_by_generation(rows, 1), net))
+    worth_of = {part: cells[1].replace(" ± 0.0000", "") for part, cells in told.items()}
+    assert worth_of["attention"] == "+0.4000, -0.2000" and worth_of["recurrence (or linear attention)"] == "+0.3000"
+    assert worth_of["the token in the values of attention"] == "+0.1000" and worth_of[evolve.TURNS] == "—"
 
 
 def test_of_traits_that_few_had_only_the_winners_are_shown():
@@ -233,7 +254,9 @@ def test_of_traits_that_few_had_only_the_winners_are_shown():
     often, once, here = (Genome((Gene("attention", 64, heads=n),), embed_dim=64) for n in (1, 4, 8))
     nets = [often] * evolve.FEW + [once, here]
     rows = [row(f"g0.0{n}", net, 3 - 0.1 * n, operator="random") for n, net in enumerate(nets)]
-    lines = evolve.features_section(rows, evolve.halfway_losses(rows), [], evolve.leaders_by_generation(rows, 2), here)
+    lines = evolve.features_section(
+        rows, evolve.halfway_losses(rows, TOKENS), [], evolve.leaders_by_generation(rows, 2), here
+    )
     assert {"attention heads=1", "attention heads=8"} <= set(cells_of(lines)) and "heads=4" not in "\n".join(lines)
     assert (
         "<summary>3 traits that are not the usual ones; left out, as fewer than 3 newcomers had them: 1</summary>"
@@ -263,7 +286,7 @@ def test_rank_correlation():
 
 
 def operators_of(rows: list[Result]) -> dict[str, list[str]]:
-    return cells_of(evolve.operators_section(rows, evolve.halfway_losses(rows), steps_of(rows)))
+    return cells_of(evolve.operators_section(rows, evolve.halfway_losses(rows, TOKENS), steps_of(rows)))
 
 
 def test_which_operators_earned_it():
@@ -299,12 +322,17 @@ def test_generations_roots_and_convergence():
     assert evolve.converged(rows[:4]) is None
     leaders = evolve.leaders_by_generation(rows, 1)
     assert leaders == [{"g0.00"}, {"g1.00"}, {"g2.00"}]
-    told = cells_of(evolve.generations_section(rows, evolve.halfway_losses(rows), leaders))
-    assert [told[str(g)][:3] for g in range(3)] == [["2", "1.5000", "2"], ["2", "1.0100", "2"], ["2", "1.0040", "2"]]
+    told = cells_of(evolve.generations_section(rows, evolve.halfway_losses(rows, TOKENS), leaders))
+    best = [told[str(g)][3] for g in range(3)]
+    assert best == ["1.5000", "1.0100", "1.0040"] and {told[str(g)][0] for g in range(3)} == {"2"}
+    assert [told[str(g)][4] for g in range(3)] == ["1", "1", "1"], "immigrants are no survivors"
     apart = statistics.fmean(
         evolve.gene_distance(a, b) for a, b in itertools.combinations([nets[n] for n in (2, 4, 5)], 2)
     )
-    assert told["2"][3] == f"{apart:.2f}" and told["mean"][0] == "6"
+    assert told["2"][5] == f"{apart:.2f}"
+    failed = [row("g3.00", nets[6], status=status, seed=n) for n, status in enumerate(["stopped", "stopped", "oom"])]
+    told = cells_of(evolve.generations_section(rows + failed, {}, [*leaders, {"g2.00", "g1.01"}]))
+    assert told["3"][1:3] == ["2", "1"] and told["3"][4] == "2"
 
 
 def test_rank_correlations_by_generation():
@@ -313,12 +341,11 @@ def test_rank_correlations_by_generation():
         return row(f"g{g}.0{n}", net, loss, params=params, tokens_per_s=1_000 - n)
 
     rows = [sized(0, n, 3.0 + n, 7) for n in range(4)] + [sized(1, n, (2, 1, 4, 3)[n], n) for n in range(4)]
-    told = cells_of(
-        evolve.generations_section(rows, evolve.halfway_losses(rows), evolve.leaders_by_generation(rows, 2))
-    )
-    assert told["0"][4:] == ["+1.00", "-1.00", "—", "-1.00"]
-    assert told["1"][4:] == ["+0.60", "-0.60", "+0.60", "-0.60"]
-    assert told["mean"][4:] == ["+0.80", "-0.80", "+0.60", "-0.80"]
+    # +1.00, -1.00, none and -1.00 in the first, +0.60, -0.60, +0.60 and -0.60 in the second
+    losses = evolve.halfway_losses(rows, TOKENS)
+    (told,) = [line for line in evolve.generations_section(rows, losses, evolve.leaders_by_generation(rows, 2))
+               if line.startswith("Within a generation")]  # fmt: skip
+    assert "depth +0.80, width -0.80, parameters +0.60, tokens/s -0.80 (rank correlation" in told
 
 
 def test_leaders_are_those_of_the_record_so_far():
@@ -414,7 +441,7 @@ def test_changes_between_genomes():
     assert evolve.gene_changes(a, c) == ["- norm", "- gate 64 skip=2"]
     read = dataclasses.replace(a, genes=(*a.genes[:3], Gene("gate", 64, input=2, skip=2)))
     assert (
-        evolve.gene_changes(a, read) == ["gate: as usual → input=2", "- norm"] or len(evolve.gene_changes(a, read)) == 2
+        evolve.gene_changes(a, read) == ["gate: default → input=2", "- norm"] or len(evolve.gene_changes(a, read)) == 2
     )
 
 
@@ -427,10 +454,10 @@ def test_a_lineage_has_operators_scores_and_changes():
     assert evolve.lineage_graph(rows, "g2.00") == [
         "```mermaid",
         "flowchart TD",
-        f'  n0["g0.00 random: 1.5000, 1 x<br/>{a.summary}"]',
-        f'  n1["g0.01 random: 2.0000, 1 x<br/>{PLAIN.summary}"]',
-        '  n2["g1.00 crossover: 1.0500, 2 x<br/>+ shift skip=1"]',
-        '  n3["g2.00 add_gene: 0.9000, 1 x<br/>+ shift skip=1"]',
+        f'  n0["g0.00 random: 1.5000 (1)<br/>{a.summary}"]',
+        f'  n1["g0.01 random: 2.0000 (1)<br/>{PLAIN.summary}"]',
+        '  n2["g1.00 crossover: 1.0500 (2)<br/>+ shift skip=1"]',
+        '  n3["g2.00 add_gene: 0.9000 (1)<br/>+ shift skip=1"]',
         "  n1 --> n2",
         "  n0 --> n2",
         "  n2 --> n3",
@@ -452,7 +479,7 @@ def test_a_drawn_network_has_the_edges_of_the_genome(n):
     assert len(boxes) <= len(net.network) and (len(boxes) == 4 or n)
     for state, text in boxes:
         node = net.network[int(state) - 1]
-        assert text.split("<br/>")[0].split() == net.words[int(state) - 1].split()
+        assert text.split() == [f"{node.at}:", *net.words[int(state) - 1].split()], "with the number of its gene"
         assert any(f"s{state}" in edge for edge in drawn) or node.source is None
     times = [int(t) for t in re.findall(r'"(\d+) times"', "\n".join(lines))]
     assert sum(line == "  end" for line in lines) == len(times) and (times == [6] or n)
@@ -535,13 +562,15 @@ def test_the_tables_of_a_final_say_each_thing_once(run):
 def test_how_much_was_tried(run):
     """What evolution and what people had: so many designs in so many minutes on the device."""
     s, rows = run
-    new, minutes = sum(r.is_newcomer for r in rows), len(evolve.of_stage(rows, "search")) / 60
-    by_hand = evolve.of_stage(rows, "baseline")
-    told = (f"The search tried {new} designs in {minutes:.1f} minutes on the device; {len({r.id for r in by_hand})} "
-            f"were built by hand, in {len(by_hand) / 60:.1f} minutes.")  # fmt: skip
-    assert told in evolve.report(rows, HEADER, s, {})
-    assert "built by hand, in" not in evolve.report(evolve.of_stage(rows, "search"), HEADER, s, {})
-    assert "The search tried" not in evolve.report([], HEADER, s, {})
+    text, search = evolve.report(rows, HEADER, s, {}), evolve.of_stage(rows, "search")
+    new, n = len({r.id for r in search}), len(search)
+    assert (
+        f"; search {n} of {new} designs, {n / 60:.0f} min; " in text
+        and "Evaluations and minutes on the device: baseline " in text
+    )
+    alone = [dataclasses.replace(r, seconds=60.0, outside=3.0) for r in search]
+    assert f"device: search {n} of {new} designs, {1.05 * n:.0f} min." in evolve.report(alone, HEADER, s, {})
+    assert "Evaluations and minutes" not in evolve.report([], HEADER, s, {})
 
 
 def test_the_answer_against_controls(run):
@@ -565,13 +594,63 @@ def test_the_answer_against_controls(run):
     assert worse == "0.2500 ± 0.6353 worse than x (which may be chance)"
 
 
+def test_before_the_final_the_best_baseline_is_that_of_all_families(run):
+    s, rows = run
+    begun = [r for r in rows if r.stage in ("baseline", "search")]
+    for best in ("transformer", "modern"):
+        seen = [dataclasses.replace(r, val_bpb=r.val_bpb - 0.3 * r.id.startswith(best)) for r in begun]
+        rival = min(evolve.best_baselines(seen), key=lambda c: c.mean)
+        o = evolve.outcome(seen, s, 300)
+        assert rival.id.startswith(best) and o.winner is None
+        assert evolve.best_genome(seen, HEADER, s, o)["rival"]["id"] == rival.id
+        told = evolve.answer(seen, s, {}, o)
+        assert f"the best baseline, {rival.id}, has {rival.mean:.4f}" in told[1] and rival.id in told[-1]
+
+
+def test_the_time_to_target_is_told_when_it_is_known(run):
+    s, rows = run
+    o = evolve.outcome(rows, s, 300)
+    whole, first = (
+        evolve.answer(part, s, {}, evolve.outcome(part, s, 300)) for part in (rows, rows_until(rows, "grow", 1))
+    )
+    assert o.target[1] == s.final_seeds and evolve.target_text(o, s) + "." in whole
+    assert any("needs" in line for line in first)
+    for part in (rows_until(rows, "target", 0), rows_until(rows, "target", 3)):
+        o = evolve.outcome(part, s, 300)
+        assert o.winner and o.target is None and evolve.target_text(o, s) == ""
+        assert not any(word in line for line in evolve.answer(part, s, {}, o) for word in ("needs", "does not reach"))
+        assert evolve.best_genome(part, HEADER, s, o)["time_to_target"]["seeds_that_reach_it"] is None
+
+
+def rows_until(rows: list[Result], stage: str, n: int) -> list[Result]:
+    """The rows before a stage, and the first n of that."""
+    first = next(i for i, r in enumerate(rows) if r.stage == stage)
+    return rows[: first + n]
+
+
+def test_a_winner_that_was_given_or_built_by_hand_is_named(run):
+    s, rows = run
+    o = evolve.outcome(rows, s, 300)
+    texts = {
+        "not found": "was not found by this run: it is one of the designs of --start",
+        "by hand": "which people built",
+    }
+    for what, changed in {
+        "": rows,
+        "not found": [dataclasses.replace(r, operator="start") if r.key == o.winner.genome.key else r for r in rows],
+        "by hand": [*rows, dataclasses.replace(rows[0], key=o.winner.genome.key)],
+    }.items():
+        told = "\n".join(evolve.answer(changed, s, {}, o))
+        assert [text in told for text in texts.values()] == [name == what for name in texts]
+
+
 def test_long_context_is_told_of_finals_alone(run):
     s, rows = run
     lines = evolve.context_section(rows, s)
     told = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     assert told[0][3:7] == ["induction", "recall, 2 back", "recall, 8 back", "recall, 32 back"]
-    kept = {(r.id, r.stage, r.budget) for r in rows if r.test_bpb is not None}
-    assert len(told) - 2 == len(kept) and {line[1] for line in told[2:]} == {r.stage for r in rows if r.test_bpb}
+    kept = {(r.id, r.stage, r.budget) for r in rows if r.test_bpb is not None and r.stage != "target"}
+    assert len(told) - 2 == len(kept) and {line[1] for line in told[2:]} == {"final", "long", "passes"}
     one = next(line for line in told if line[1] == "final")
     own = [r for r in rows if r.stage == "final" and r.id == one[0]]
     assert one[3] == str(evolve.estimate(r.induction for r in own)) and one[4] == "-1.0000 ± 0.0000"
@@ -680,7 +759,7 @@ def test_the_report_of_the_published_run(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"results.tsv", "runs", "report.md"}
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (
-        "The best genome of the search is g17.08, " in text
+        "- g17.08, norm→ssm→" in text
         and "1.4151 ± 0.0018 bits per byte on test after 10 s, 0.0149 ± 0.0039 better" in text
     )
     assert (
@@ -779,7 +858,9 @@ def test_what_a_part_is_worth_seed_by_seed(run):
         mean, half = map(float, told[name][1].split(" ± "))
         values = [0.01 * n * (1 + 0.5 * (seed % 2)) for seed in {r.seed for r in own}]
         assert mean == pytest.approx(statistics.fmean(values), abs=1e-4)
-        assert half == pytest.approx(12.706 * statistics.stdev(values) / math.sqrt(2), abs=2e-4)
+        # of all changes together; two values that differ by 0.005 n have a variance of half its square
+        pooled = math.sqrt(statistics.fmean((0.005 * k) ** 2 / 2 for k in range(len(parts))))
+        assert half == pytest.approx(evolve.student(1 + len(parts)) * pooled / math.sqrt(2), abs=2e-4)
     assert "What it is worth without a part" in evolve.report(rows + own, HEADER, s, {})
     lone = evolve.ablation_section(ablated(PLAIN, s, []), s)
     assert lone[0].startswith(f"{PLAIN.key}, {PLAIN.summary}: "), "a design of another run has its key"

@@ -108,7 +108,9 @@ def test_a_run_and_what_comes_after_it(play, tmp_path):
     assert {r.budget for r in both if r.stage in ("grow", "long")} == {2.0}
     assert "After 2,048 tokens g" in output
     told = (out / "report.md").read_text(encoding="utf-8")
-    assert "Does the lead last? After 2,048 tokens" in told and "more often? 1,024 tokens on 50% of the text" in told
+    assert (
+        "Does the lead last? After 2,048 tokens" in told and "memorised? After 1,024 tokens on 50% of the text" in told
+    )
 
 
 def test_a_finished_run_is_left_as_it_is(play, tmp_path):
