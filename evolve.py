@@ -3988,7 +3988,7 @@ def hurdle_section(rows: list[Result], settings: Settings, leaders: list[set[str
     outlooks = [outlook(r.halfway_loss, r.tokens_per_s or 1, settings) for r in fair]
     by_loss, by_outlook = (rank_correlation(those, scores, weights) for those in (losses, outlooks))
     if None not in (by_loss, by_outlook):
-        lines += [f"The half-way loss ranks {by_outlook:.2f} with the score, as it is, not put right for speed, "
+        lines += [f"The half-way loss ranks {by_outlook:.2f} with the score; not put right for speed it would rank "
                   f"{by_loss:.2f} (rank correlation, {len(fair)} newcomers: generation 0, and those that missed the "
                   "hurdle and ran on, who stand for all that missed it).", ""]  # fmt: skip
     causes = collections.defaultdict(collections.Counter)
