@@ -146,6 +146,9 @@ class Stop(Exception):
     """The run cannot go on; the message says why and what to do."""
 
 
+PROMPT = "The history of science"
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; constants that were not given are None."""
     parser = argparse.ArgumentParser(
@@ -166,7 +169,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--deeper", type=int, default=0, metavar="N", help="how many times more --train repeats its repeated blocks")
     add("--ablate", metavar="FILE", help="train the genome in a file without each of its parts")
     add("--report", metavar="DIR", help="write report.md of the record in a folder, whoever made it")
-    add("--prompt", default="The history of science", help="what --train and --write go on from")
+    add("--prompt", help=f"what --train and --write go on from (default {PROMPT!r})")
     comments = dict(re.findall(r"^([A-Z_]+): .+? = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for name, default in CONSTANTS.items():
         help = f"{comments[name]} (default {default})".replace("%", "%%")
@@ -2957,7 +2960,8 @@ def target_text(o: Outcome, settings: Settings) -> str:
     if share is None:
         return f"{o.winner.id} does not reach {what} with every seed ({reached} of {settings.final_seeds} did)"
     least = "at most " if min(share.values) <= TARGET_AT[0] else ""  # there it was not measured when
-    return f"{o.winner.id} needs {least}{budget_times(settings, share.mean)} for {what}: {share} of the time"
+    of = "tokens" if settings.token_budget else "time"
+    return f"{o.winner.id} needs {least}{budget_times(settings, share.mean)} for {what}: {share} of the {of}"
 
 
 def end_text(rows: list[Result], settings: Settings, vocab_size: int, controls: Controls, out: Path) -> str:
@@ -3605,8 +3609,10 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
     for (what, value), other in sorted(controls.items()):
         if lead := lead_over_control(rows, other):
             name = f"the control {value}" if what == "strategy" else f"{what} {value}"
-            against.append(f"{lead_text(lead[1], name)} after {lead[0]:.1f} minutes of each")
-    none = "No control (--strategy random, drift) stands in runs/: what selection adds is not measured."
+            same = f"no better than {name}" if round(lead[1].mean, 4) == 0 else lead_text(lead[1], name)
+            against.append(f"{same} after {lead[0]:.1f} minutes of each")
+    none = ("No control (--strategy random or drift, with --out runs/random) stands in runs/ beside this record: what "
+            "selection adds is not measured.")  # fmt: skip
     once = "One run of each: the interval is the noise of trials, not what other seeds of the search would find."
     sentences.append(f"In the search, on val, the best by then is {'; '.join(against)}. {once}" if against else none)
     return [*sentences, f"{', '.join(pace_text(raced, c.id) for c in (best, rival) if c)}."]
@@ -4426,7 +4432,7 @@ def train_one(args: argparse.Namespace, designs: dict[str, Genome], settings: Se
     if len(scores) > 1:
         say(f"{path.stem} leads by {scores[1] - scores[0]:.4f} bits per byte\n")
     with turn:
-        say(write_text(first, data, args.prompt, settings.seq_len, settings.seed))
+        say(write_text(first, data, args.prompt or PROMPT, settings.seq_len, settings.seed))
 
 
 def save_model(path: Path, model: Model, data: prepare.Dataset):
@@ -4492,7 +4498,7 @@ def begin_or_go_on(record: Record, header: dict, settings: Settings, new: bool) 
         differs = list(unlike(record, header).values())
         if old.get("device", "cpu") != "cpu" and header["device"] == "cpu" and not new:
             raise Stop(f"The run in {record.path} was made on {old['device']}, and no GPU is to be seen. Nothing was "
-                       "changed: bring it back, or name another folder with --out")  # fmt: skip
+                       "changed: bring it back, take another folder (--out DIR), or begin anew (--new)")  # fmt: skip
         if new or differs:
             why = "--new" if new else f"it differs in {', '.join(differs)}"
             say(f"The run in {record.path} was moved to {record.move_away()} ({why})")
@@ -4533,6 +4539,7 @@ def rewrite_report(folder: Path):
 def try_ops(pipe):
     """Build and run every op: send (which, None) before each, and at the end what is wrong with one, or ""."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and so it ends this one, without a word
     signal.alarm(OPS_SECONDS)
     problem = op_problem(trying=lambda which: pipe.send((which, None)))
     pipe.send(("", problem))
@@ -4593,6 +4600,8 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
+    if args.prompt and commands not in (["train"], ["write"]):
+        raise Stop("--prompt is what --train FILE and --write FILE go on from; name one of them")
     if args.new and commands:
         raise Stop(f"--new begins a search again; it has no meaning beside --{commands[0]}")
     if args.start and commands:
@@ -4628,7 +4637,7 @@ def run_command(args: argparse.Namespace):
     if args.write:
         model = load_model(Path(args.write), data, device)
         with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
-            return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
+            return say(write_text(model, data, args.prompt or PROMPT, settings.seq_len, settings.seed))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if args.ray is None:
         check_device(name, device, settings)

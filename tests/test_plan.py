@@ -1178,7 +1178,7 @@ def test_time_to_target(finished):
     o = evolve.outcome(rows, s, VOCAB)
     tokens = round(1_024 * statistics.fmean((2**-1.6, 2**-1.4)))
     assert evolve.target_text(o, s) == (
-        f"g0.01 needs {tokens} tokens for what transformer-1x64 reaches in 1,024 tokens: {share} of the time"
+        f"g0.01 needs {tokens} tokens for what transformer-1x64 reaches in 1,024 tokens: {share} of the tokens"
     )
 
 

@@ -564,6 +564,12 @@ def test_weights_of_another_genome_are_refused_in_words(command, tmp_path, data,
     assert code == 1 and error.startswith(f"\n{path} is no model that --save kept: ")
 
 
+def test_a_prompt_alone_begins_no_search(command, tmp_path):
+    code, output, error = command("--prompt", "a dog ran", "--out", tmp_path / "out")
+    assert code == 1 and "--prompt is what --train FILE and --write FILE go on from" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_training_that_fails_says_so(command, tmp_path):
     path = tmp_path / "net.json"
     with planted(lambda self, x: x + padded(x, 1)) as gene:
