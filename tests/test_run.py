@@ -565,7 +565,7 @@ def test_weights_of_another_genome_are_refused_in_words(command, tmp_path, data,
 
 
 def test_a_prompt_alone_begins_no_search(command, tmp_path):
-    code, output, error = command("--prompt", "a dog ran", "--out", tmp_path / "out")
+    code, _, error = command("--prompt", "a dog ran", "--out", tmp_path / "out")
     assert code == 1 and "--prompt is what --train FILE and --write FILE go on from" in error
     assert not (tmp_path / "out").exists()
 
