@@ -2670,6 +2670,7 @@ STAGES = {
     "long": once_more(long_evaluations),
     "passes": once_more(passes_evaluations),
 }
+FINALS = ("final", "long", "passes")  # the stages that compare designs seed by seed
 
 
 def next_tasks(rows: list[Result], settings: Settings, vocab_size: int) -> list[Task]:
@@ -3114,8 +3115,6 @@ def draw_scores(
          if what == wanted}
         for wanted in ("strategy", "seed")
     )  # fmt: skip
-    took = {strategy: clocked(controls["strategy", strategy])[-1:] for strategy in strategies}
-    whole = clocked(rows)[-1][0]
     levels: dict[str, float] = {}  # the best baseline of each kind
     for c in candidates(of_stage(rows, "baseline")):
         levels.setdefault(c.id.split("-")[0], c.mean)
@@ -3143,7 +3142,9 @@ def draw_scores(
         x, y = [r.generation for r in known], [means[r.id] for r in known]
         axis.plot(x, y, color=COLOURS[7], lw=1, marker="o", ms=4, mfc="none", label="the winner's line of descent")
     for (strategy, line), color in zip(strategies.items(), (COLOURS[5], COLOURS[3], COLOURS[2]), strict=False):
-        seconds = took[strategy][0][0] if took[strategy] else 0.0
+        seconds, whole = (
+            sum(row.spent for row in of_stage(r, "search")) for r in (controls["strategy", strategy], rows)
+        )
         so_long = " for as long" if seconds > 0.98 * whole else f", stopped after {seconds / 60:.0f} minutes"
         axis.plot(generations, line, color=color, lw=2, ls="-.", label=f"best so far, {strategy} search{so_long}")
     label = "best so far, other seeds"
@@ -3585,8 +3586,9 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
         if less:
             sentences += [f"After {budget_times(settings, 1)} on {1 / settings.long_factor:.0%} of the text, which it "
                           f"saw {o.on_less_text.passes:.1f} times, {best.id} is {less}."]  # fmt: skip
-        sentences += [f"{target_text(o, settings)}."] * (raced[0].budget == 1 and bool(target_text(o, settings)))
-        given = next((row.id for row in known if row.operator == "start" and row.key == best.genome.key), None)
+        if raced[0].budget == 1 and (needs := target_text(o, settings)):
+            sentences += [f"{needs}."]
+        given = any(row.operator == "start" and row.key == best.genome.key for row in known)
         built = next((row.id for row in rows if row.stage == "baseline" and row.key == best.genome.key), None)
         sentences += [f"{best.id} was not found by this run: it is one of the designs of --start."] if given else []
         sentences += [f"{best.id} is the network of {built}, which people built."] if built else []
@@ -3912,14 +3914,13 @@ def generations_section(rows: list[Result], losses: dict[tuple, float], leaders:
     root = roots(rows)
     genomes = {row.id: Genome.from_json(row.genome) for row in search}
     best, lines, weights, correlations = best_so_far(rows, list(range(len(leaders)))), [], [], []
+    names = ("depth", "width", "parameters", "tokens/s")  # as shape_of has them
     for g, ids in enumerate(leaders):
         alive = sorted(ids | {row.id for row in search if row.generation == g}, key=in_order)
         apart = [gene_distance(genomes[a], genomes[b]) for a, b in itertools.combinations(alive, 2)]
         new = [row for row in search if row.generation == g and row.is_newcomer and row.evaluation in losses]
         shapes, loss = [shape_of(row) for row in new], [losses[row.evaluation] for row in new]
-        own = [rank_correlation([shape[name] for shape in shapes], loss) for name in ("depth", "width", "parameters",
-               "tokens/s")]  # fmt: skip
-        correlations.append(own)
+        correlations.append([rank_correlation([shape[name] for shape in shapes], loss) for name in names])
         weights.append(len(new))
         known = None if math.isnan(best[g]) else f"{best[g]:.4f}"
         ends = collections.Counter(row.status for row in search if row.generation == g)
@@ -3931,7 +3932,6 @@ def generations_section(rows: list[Result], losses: dict[tuple, float], leaders:
     for column in zip(*correlations, strict=True):
         pairs = [(r, n) for r, n in zip(column, weights, strict=True) if r is not None]
         means.append(f"{sum(r * n for r, n in pairs) / sum(n for _, n in pairs):+.2f}" if pairs else None)
-    names = ("depth", "width", "parameters", "tokens/s")
     goes_with = ", ".join(f"{name} {mean}" for name, mean in zip(names, means, strict=True) if mean)
     head = ["generation", "newcomers", "stopped", "failed", "best val_bpb", "roots of the survivors", "distance"]
     when = converged(rows)
@@ -4023,7 +4023,7 @@ CONTEXT = {"induction": "induction", "recall_near": "recall", "recall_middle": "
 def context_section(rows: list[Result], settings: Settings) -> list[str]:
     groups = collections.defaultdict(list)
     for row in rows:
-        if row.test_bpb is not None and row.induction is not None and row.stage in ("final", "long", "passes"):
+        if row.test_bpb is not None and row.induction is not None and row.stage in FINALS:
             groups[row.stage, row.budget, row.id].append(row)
     back = iter(max(2, int(settings.seq_len * share)) for share in RECALL_SHARES)
     names = [f"{what}, {next(back):,} back" if what == "recall" else what for what in CONTEXT.values()]
@@ -4280,7 +4280,7 @@ def in_time(
         return seconds * task.budget + max((row.outside for row in measured), default=0.0)
 
     def together(task: Task):
-        return task.seed if task.stage in ("final", "long", "passes") else task.evaluation
+        return task.seed if task.stage in FINALS else task.evaluation
 
     for _, group in itertools.groupby(tasks, key=together):
         wanted = list(group)
@@ -4432,7 +4432,7 @@ def train_one(args: argparse.Namespace, designs: dict[str, Genome], settings: Se
     if len(scores) > 1:
         say(f"{path.stem} leads by {scores[1] - scores[0]:.4f} bits per byte\n")
     with turn:
-        say(write_text(first, data, args.prompt or PROMPT, settings.seq_len, settings.seed))
+        say(write_text(first, data, args.prompt, settings.seq_len, settings.seed))
 
 
 def save_model(path: Path, model: Model, data: prepare.Dataset):
@@ -4600,7 +4600,9 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"SEQ_LEN = {settings.seq_len}: is over MAX_SEQ_LEN = {MAX_SEQ_LEN} in genome.py; raise that")
     if args.save and not args.train:
         raise Stop("--save keeps the weights that --train makes; name a genome with --train FILE")
-    if args.prompt and commands not in (["train"], ["write"]):
+    if args.prompt is None:
+        args.prompt = PROMPT
+    elif commands not in (["train"], ["write"]):
         raise Stop("--prompt is what --train FILE and --write FILE go on from; name one of them")
     if args.new and commands:
         raise Stop(f"--new begins a search again; it has no meaning beside --{commands[0]}")
@@ -4637,7 +4639,7 @@ def run_command(args: argparse.Namespace):
     if args.write:
         model = load_model(Path(args.write), data, device)
         with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
-            return say(write_text(model, data, args.prompt or PROMPT, settings.seq_len, settings.seed))
+            return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if args.ray is None:
         check_device(name, device, settings)

@@ -656,11 +656,10 @@ def worth(data, settings, seeds, only=""):
 def anchor(data, settings):
     header, _, rows = evolve.read_results(Path("results.tsv").read_bytes())
     settings, card = evolve.settings_of(header, rows), torch.cuda.get_device_name(DEVICE)
-    if not (baselines := evolve.best_baselines(rows)):
+    if not (best := evolve.best_baseline(rows)):
         return print("anchor: results.tsv has no baseline yet")
     if card != header["device"]:
         raise SystemExit(f"This is a {card}, the record is of a {header['device']}: do not go on with it here")
-    best = min(baselines, key=lambda c: c.mean)
     task = evolve.Task("bench", best.id, best.genome, best.first.seed, best.first.order)
     (again,), first = evaluated([task], settings, data), best.first
     if again.status != "ok":
