@@ -2531,8 +2531,9 @@ def final_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -
 def ranking(rows: list[Result], tasks: list[Task]) -> dict[str, list[Result]]:
     """What those in a final reached, task by task, the best first; empty before all of it is done.
 
-    Ranked by val, those with failures last, so that the test score of the first is not the best of several. Who has no
-    score at all is left out.
+    Ranked by val, so that the test score of the first is not the best of several. Designs of the search that failed
+    with a seed come last; a baseline keeps its place, or the winner would have a weaker rival. Who has no score at all
+    is left out.
     """
     if missing(tasks, rows, attempts=2):
         return {}
@@ -2544,7 +2545,7 @@ def ranking(rows: list[Result], tasks: list[Task]) -> dict[str, list[Result]]:
     for id, own in results.items():
         scores = [row.val_bpb for row in own if row.status == "ok"]
         if scores:
-            place[id] = (len(scores) < len(own), statistics.fmean(scores))
+            place[id] = (len(scores) < len(own) and not family_of(id), statistics.fmean(scores))
     return {id: results[id] for id in sorted(place, key=place.get)}
 
 
@@ -4344,32 +4345,28 @@ def slower_text(result: Result, rows: list[Result], settings: Settings) -> str:
 def read_designs(path: Path, scale: float, deeper: int) -> dict[str, Genome]:
     """The genome in best_genome.json or in a file of its own, by name, as --scale and --deeper change it.
 
-    Where they do, the baseline that the file names follows, changed alike. Raises Stop or GenomeError.
+    Where they do, the baseline that the file names follows, changed alike. Raises Stop.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        own = content.get("genome", content) if isinstance(content, dict) else content
+        designs = {path.stem: Genome.from_dict(own)}
+        if scale == 1 and not deeper:
+            return designs
+        rival = content.get("rival") if isinstance(content, dict) else None
+        if isinstance(rival, dict):
+            designs[f"{rival.get('id')} (its best baseline)"] = Genome.from_dict(rival.get("genome"))
+        changes = [f"x{scale:g}"] * (scale != 1) + [f"+{deeper}"] * (deeper != 0)
+        return {" ".join([name, *changes]): scaled(grown(net, deeper), scale) for name, net in designs.items()}
+    except (OSError, ValueError, RecursionError) as error:  # a GenomeError is a ValueError
         raise Stop(f"Cannot read {path}: {error}") from None
-    own = content.get("genome", content) if isinstance(content, dict) else content
-    if scale == 1 and not deeper:
-        return {path.stem: Genome.from_dict(own)}
-    designs = {path.stem: own}
-    rival = content.get("rival") if isinstance(content, dict) else None
-    if isinstance(rival, dict):
-        designs[f"{rival.get('id')} (its best baseline)"] = rival.get("genome")
-    changes = [f"x{scale:g}"] * (scale != 1) + [f"+{deeper}"] * (deeper != 0)
-    made = {name: scaled(grown(Genome.from_dict(genome), deeper), scale) for name, genome in designs.items()}
-    return {" ".join([name, *changes]): genome for name, genome in made.items()}
 
 
 def read_start(files: list[str], settings: Settings) -> list[Genome]:
     """The genomes of files, best_genome.json or of their own, that --start puts into generation 0. Raises Stop."""
     found: dict[str, Genome] = {}
     for file in files:
-        try:
-            (genome,) = read_designs(Path(file), 1.0, 0).values()
-        except GenomeError as error:
-            raise Stop(f"--start {file}: {error}") from None
+        (genome,) = read_designs(Path(file), 1.0, 0).values()
         if not genome.mixes_tokens:
             raise Stop(f"--start {file}: no token of it sees another")
         if genome.key in found:
@@ -4624,6 +4621,12 @@ def run_command(args: argparse.Namespace):
         raise Stop(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
     if not args.write:  # that builds no op anew
         check_ops()
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if args.write and not Path(args.write).is_file():
+        raise Stop(f"--write {args.write}: there is no such file; --train FILE --save makes one")
+    if not args.write and args.ray is None:
+        check_device(name, device, settings)
     data = prepare.open_source(data_dir=args.data_dir, demo=args.demo)
     shortest = min(len(data.train), len(data.val), len(data.test), settings.eval_tokens + 1) - 1
     if shortest < settings.seq_len:
@@ -4635,14 +4638,10 @@ def run_command(args: argparse.Namespace):
     least = Genome((Gene("shift"),), embed_dim=min(WIDTHS)).num_params(data.vocab_size)
     if settings.max_params < least:
         raise Stop(f"MAX_PARAMS = {settings.max_params:,}: embedding and head of the smallest genome have {least:,}")
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if args.write:
         model = load_model(Path(args.write), data, device)
         with GpuTurn(turn_file(device), f"process {os.getpid()} for --write {args.write}", say):
             return say(write_text(model, data, args.prompt, settings.seq_len, settings.seed))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    if args.ray is None:
-        check_device(name, device, settings)
     if args.train:
         return train_one(args, designs, settings, data, device)
     out = Path(args.out or ("demo" if args.demo else "."))

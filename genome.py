@@ -1712,7 +1712,32 @@ def rule_broken(op: str, traits: dict, d_in: int, d_out: int, dtype: torch.dtype
     except RuntimeError as error:
         return f"has no gradient: {error}"
     idle = next((name for name, p in block.op.named_parameters() if p.grad is None), None)
-    return "" if idle is None else f"has a parameter {idle} that is not used, and so has no gradient"
+    if idle is not None:
+        return f"has a parameter {idle} that is not used, and so has no gradient"
+    return order_broken(block.op, [given[name].detach().clone() for name in gene.reads])
+
+
+@torch.no_grad()
+def order_broken(op: Op, inputs: list[torch.Tensor]) -> str:
+    """What changes where it should not, or where the op does not say so, when one token does; or an empty string."""
+    for p in op.parameters():
+        p += 0.05 * torch.randn_like(p)  # nothing hides behind a zero
+
+    def put_out():
+        torch.manual_seed(0)  # an op that draws random numbers draws the same ones each time
+        return op(*inputs)
+
+    before = put_out()
+    for x in inputs:
+        x[0, 3] = x[1, 3]
+    differs = (put_out() != before).any(-1)
+    if differs[1].any():
+        return "puts out something else when another row of the batch changes"
+    if differs[0, :3].any():
+        return "puts out something else at a token when a later one changes: a prediction would see its answer"
+    if differs[0, 4:].any() and not op.mixes_tokens:
+        return "has a token see others, so its class has to say so: mixes_tokens=True"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------------

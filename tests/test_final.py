@@ -109,9 +109,9 @@ def test_failures_in_the_final():
     # the better one failed once: it cannot win by that, and its lead counts the pairs that are
     tests = {"g0.00": [1.30, 1.10, 1.20], "g0.01": [None, 1.15, 1.05], "transformer-1x64": [1.50, 1.60, None]}
     o = outcome(rows := final_rows(tests, s), s)
-    assert [(f.id, f.failed) for f in o.final] == [("g0.00", 0), ("g0.01", 1), ("transformer-1x64", 1)]
+    assert [(f.id, f.failed) for f in o.final] == [("g0.00", 0), ("transformer-1x64", 1), ("g0.01", 1)]
     leads = {f.id: [lead.values for lead in f.leads.values()] for f in o.final}
-    assert o.final[1].test.values == (1.15, 1.05) and leads["g0.01"] == [(pytest.approx(0.45),)]
+    assert o.final[2].test.values == (1.15, 1.05) and leads["g0.01"] == [(pytest.approx(0.45),)]
     assert leads["g0.00"] == [(pytest.approx(0.2), pytest.approx(0.5))]
     assert winner(rows, s)["id"] == "g0.00"
     assert "\n".join(evolve.final_section(rows, s, o)).count(", 1 failed") == 2
@@ -122,6 +122,12 @@ def test_failures_in_the_final():
     assert (best["id"], best["stage"], best["final"]["winner"]["leads"]) == ("g0.01", "final", {})
     assert best["final"]["baselines"] == [] and o.rival is None and o.target is None
     assert "g0.01" in evolve.end_text(rows, s, 300, {}, Path("out")) and best["rival"]["id"] == "transformer-1x64"
+    # one that failed once is the rival all the same where it is the best of them
+    tests = {"g0.00": [1.3, 1.1], "g0.01": [1.4, 1.4], "transformer-1x64": [1.2, None], "other-1x64": [1.5, 1.6]}
+    two = tiny(finalists=2, final_seeds=2)
+    o = outcome(rows := final_rows(tests, two), two)
+    assert (o.rival.id, o.rival.failed) == ("transformer-1x64", 1)
+    assert [r[0].id for r in evolve.first_two(rows, two, 300)] == ["g0.00", "transformer-1x64"]
     # everyone failed: the best of the search stands, unconfirmed
     rows = final_rows({name: [None] * 3 for name in tests}, s)
     best = winner(rows, s)

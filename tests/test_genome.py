@@ -728,6 +728,8 @@ BROKEN = {  # what is said of an op that is built and runs like this
     "not finite": dict(forward=lambda x: x * math.nan),
     "has no gradient: ": dict(forward=lambda x: x.detach()),
     "has no gradient: .*inplace": dict(forward=lambda x: x.exp().mul_(2)),
+    "when another row of the batch changes": dict(forward=lambda x: x + x.flip(0)),
+    "at a token when a later one changes": dict(forward=lambda x: x + x.mean(1, keepdim=True)),
     "a parameter idle that is not used": dict(build=lambda d_in: torch.nn.Parameter(torch.ones(d_in))),
 }
 
@@ -739,6 +741,14 @@ def test_an_op_that_breaks_a_rule_is_named(said, plant, monkeypatch):
     tried = []
     assert re.match(f"planted, size=2: .*{said}", g.op_problem(tried.append))
     assert tried == ["norm", "norm, kind=layer", "planted", "planted, size=2"]
+
+
+def test_an_op_has_to_say_that_it_mixes_tokens(plant, monkeypatch):
+    plant(lambda x: x + g.delay(x, 1))
+    monkeypatch.setattr(g, "OPS", {"planted": OPS["planted"]})
+    assert g.op_problem() == ""
+    monkeypatch.setattr(OPS["planted"], "mixes_tokens", False)
+    assert g.op_problem() == "planted, size=2: has a token see others, so its class has to say so: mixes_tokens=True"
 
 
 @pytest.mark.parametrize("forward", [lambda x: x[..., :1], lambda x: x[:, :1], lambda x: x[:1]])

@@ -1491,20 +1491,20 @@ def test_errors_of_read_designs_name_the_cause(best_file, tmp_path):
     path = tmp_path / "other.json"
     with pytest.raises(Stop, match=r"Cannot read .*other.json: .*No such file"):
         evolve.read_designs(path, 2.0, 0)
-    with pytest.raises(GenomeError, match="is not a multiple of 64 up to 4,096"):
+    with pytest.raises(Stop, match=r"Cannot read .*: .*is not a multiple of 64 up to 4,096"):
         evolve.read_designs(best_file, 100.0, 0)
-    with pytest.raises(GenomeError, match=f"genes, over MAX_GENES = {MAX_GENES}"):
+    with pytest.raises(Stop, match=f"genes, over MAX_GENES = {MAX_GENES}"):
         evolve.read_designs(best_file, 1.0, MAX_GENES)
     content = json.loads(best_file.read_text())
-    for text, kind, words in [
-        ("[1", Stop, "Cannot read"),
-        ("[]", GenomeError, "genes: a genome is an object with a list of genes"),
-        (json.dumps({**content, "genome": None}), GenomeError, "a genome is an object with a list of genes"),
-        (json.dumps({**content, "rival": {"id": "x"}}), GenomeError, "a genome is an object with a list of genes"),
-        (json.dumps({**content, "rival": {"id": "x", "genome": {"genes": [{"op": "?"}]}}}), GenomeError, "genes"),
+    for text, words in [
+        ("[1", "Expecting"),
+        ("[]", "genes: a genome is an object with a list of genes"),
+        (json.dumps({**content, "genome": None}), "a genome is an object with a list of genes"),
+        (json.dumps({**content, "rival": {"id": "x"}}), "a genome is an object with a list of genes"),
+        (json.dumps({**content, "rival": {"id": "x", "genome": {"genes": [{"op": "?"}]}}}), "genes"),
     ]:
         path.write_text(text)
-        with pytest.raises(kind, match=words):
+        with pytest.raises(Stop, match=rf"Cannot read .*other.json: .*{words}"):
             evolve.read_designs(path, 1.0, 1)
     path.write_text(json.dumps({**content, "rival": None}))
     assert list(evolve.read_designs(path, 1.0, 1)) == ["other +1"]

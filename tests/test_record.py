@@ -416,7 +416,7 @@ DECIDING = {  # a file, what of it changes, and how
     "where words lead": ("evolve.py", "Design", "return tuple(words) or (-1, 1)", "return tuple(words[:1]) or (-1, 1)"),
     "the line it begins with": ("evolve.py", "LINE", "LINE = 5", "LINE = 7"),
     "when the winner is scored": ("evolve.py", "TARGET_AT", "TARGET_AT = (0.25,", "TARGET_AT = (0.125, 0.25,"),
-    "who has won": ("evolve.py", "ranking", "(len(scores) < len(own), stat", "(len(scores) != len(own), stat"),
+    "who has won": ("evolve.py", "ranking", "(len(scores) < len(own) and", "(len(scores) != len(own) and"),
     "who grows": ("evolve.py", "grow_evaluations", "not score < best", "not score <= best"),
     "how a design grows": ("genome.py", "grown", "stop + times * (stop", "stop + 2 * times * (stop"),
     "a decorator": ("evolve.py", "Optimizer", "    @torch.no_grad()\n    def step(self):", "    def step(self):"),
