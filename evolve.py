@@ -130,11 +130,15 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 HINTS = typing.get_type_hints(sys.modules[__name__], include_extras=True)  # of the constants: no other name has one
-CONSTANTS = {name: globals()[name] for name in HINTS}
+names = list(globals())
+CONSTANTS = {name: globals()[name] for name in names[names.index("Strategy") + 1 : names.index("DEMO")]}
+if untyped := ", ".join(CONSTANTS.keys() - HINTS):
+    sys.exit(f"evolve.py: {untyped}: its type is missing; write NAME: TYPE = VALUE  # WHAT IT IS, as beside it")
+TYPES = {name: str if typing.get_origin(hint) is Literal else typing.get_args(hint)[0] for name, hint in HINTS.items()}
 Settings = dataclasses.make_dataclass(
     "Settings",
     [
-        *((name.lower(), type(default), field(default=default)) for name, default in CONSTANTS.items()),
+        *((name.lower(), TYPES[name], field(default=default)) for name, default in CONSTANTS.items()),
         ("start", tuple, field(default=())),
     ],
     frozen=True,
@@ -172,10 +176,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help=f"what --train and --write go on from (default {PROMPT!r})")
     comments = dict(re.findall(r"^([A-Z_]+): .+? = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for name, default in CONSTANTS.items():
-        help = f"{comments[name]} (default {default})".replace("%", "%%")
-        choices = typing.get_args(HINTS[name])
-        metavar = "|".join(choices) if isinstance(default, str) else "N"
-        add(f"--{name.lower().replace('_', '-')}", type=type(default), metavar=metavar, help=help)
+        help = f"{comments.get(name, '')} (default {default})".replace("%", "%%")
+        metavar = "|".join(typing.get_args(HINTS[name])) if TYPES[name] is str else "N"
+        add(f"--{name.lower().replace('_', '-')}", type=TYPES[name], metavar=metavar, help=help)
     return parser.parse_args(argv)
 
 
@@ -187,10 +190,12 @@ def read_settings(args: argparse.Namespace) -> Settings:
     settings = Settings(**{**(DEMO if args.demo else {}), **given})
     for name, hint in HINTS.items():
         value, limits = getattr(settings, name.lower()), typing.get_args(hint)
-        if isinstance(limits[1], Rule):
+        if not isinstance(limits[1], Rule):
+            words, holds = f"is one of {', '.join(limits)}", limits.__contains__
+        elif isinstance(value, (TYPES[name], int)):
             words, holds = limits[1]
         else:
-            words, holds = f"is one of {', '.join(limits)}", limits.__contains__
+            words, holds = f"has to be a {'whole ' * (TYPES[name] is int)}number", lambda x: False
         if not holds(value):
             raise Stop(f"{name} = {value}: {words}")
     s = settings
@@ -1618,10 +1623,13 @@ def write_whole(path: Path, content: str | bytes):
     """Write a file so that it appears whole or not at all."""
     aside = path.with_name(f".{path.name}.tmp")
     with errors_named(path, GO_ON):
-        with open(aside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        try:
+            with open(aside, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:  # of a disk that is full
+            aside.unlink(missing_ok=True)
 
 
 class Record:
@@ -3248,6 +3256,7 @@ def draw_leads(axis, o: Outcome, settings: Settings):
 # when they were read: everything after that writes Markdown and Mermaid without looking back.
 
 ENOUGH = 40  # ancestors, or genomes of a front, that are shown; of more only the line of descent, or the best
+FEW_STEPS = 100  # of the optimizer, below which a score says little of a design
 FEW = 3  # newcomers that have to have a trait, or children that got or lost it, for the report to say what it is worth
 HALFWAY = (
     "By the half-way loss: the mean training loss from 40 to 50 % of the budget, put right for speed, in nats per "
@@ -3618,7 +3627,13 @@ def answer(rows: list[Result], settings: Settings, controls: Controls, o: Outcom
             "selection adds is not measured.")  # fmt: skip
     once = "One run of each: the interval is the noise of trials, not what other seeds of the search would find."
     sentences.append(f"In the search, on val, the best by then is {'; '.join(against)}. {once}" if against else none)
-    return [*sentences, f"{', '.join(pace_text(raced, c.id) for c in (best, rival) if c)}."]
+    sentences.append(f"{', '.join(pace_text(raced, c.id) for c in (best, rival) if c)}.")
+    steps = [row.tokens // settings.batch_tokens for row in rows if row.status == "ok" and row.tokens]
+    few = statistics.median_low(steps) if steps else math.inf
+    if few >= FEW_STEPS:
+        return sentences
+    return [f"Half of the trials had {few} optimizer steps or fewer, too few to tell designs apart: this shows that "
+            "the program works, and no more.", *sentences]  # fmt: skip
 
 
 def leads_text(s: Standing) -> str:
@@ -3898,10 +3913,10 @@ def operators_section(rows: list[Result], losses: dict[tuple, float], taken: lis
         gain = signed(mean_change([(step, -1) for step in known], noise)) if known else None
         lines.append([operator, len(own), better, ends["stopped"], ends.total() - ends["ok"] - ends["stopped"], gain])
     head = ["operator", "children", "better than the parent", "stopped", "failed", "mean gain"]
-    sure = f" of {noise:.4f} in one evaluation" if noise is not None else ", which is not known yet"
+    known_noise = f" of {noise:.4f} in one evaluation" if noise is not None else ", which is not known yet"
     return [
         f"By the half-way loss. Better is by more than the noise of the difference (95 %; "
-        f"noise{sure}): by luck alone one in forty. A child of several operators counts with each.",
+        f"noise{known_noise}): by luck alone one in forty. A child of several operators counts with each.",
         "",
         *as_table(head, lines),
     ] if lines else []  # fmt: skip
@@ -4254,7 +4269,9 @@ def evolve(
     if written:
         written.result()
     if tasks and len(record.rows) == at_first:
-        say(f"--minutes {minutes:g}: too short for what comes next ({tasks[0].stage}); nothing was done")
+        least = time.monotonic() - STARTED + SPARE + seconds_for(together(tasks)[0], record.rows, settings, pool.gpus)
+        say(f"--minutes {minutes:g}: too short for what comes next ({tasks[0].stage}), which takes about --minutes "
+            f"{math.ceil(least / 6) / 10:g}; nothing was done")  # fmt: skip
     elif tasks:
         say(f"\n--minutes {minutes:g}: no other evaluation would end in time. Run the same command again to go on")
     if pool.gpu_seconds and record.header["device"] != "cpu":
@@ -4272,33 +4289,37 @@ def in_time(
     rows: the record, to which the results come meanwhile.
     """
     begun, known = [], len(rows)
-
-    def cost(task: Task) -> float:
-        measured = [row for row in rows[-50:] if row.seconds and row.outside is not None]
-        seconds = settings.time_budget
-        if settings.token_budget:
-            seconds = max((row.seconds / row.budget for row in measured), default=0.0)
-        return seconds * task.budget + max((row.outside for row in measured), default=0.0)
-
-    def together(task: Task):
-        return task.seed if task.stage in FINALS else task.evaluation
-
-    for _, group in itertools.groupby(tasks, key=together):
-        wanted = list(group)
+    for wanted in together(tasks):
         while True:
             ended = {row.evaluation for row in rows[known:]}
             ahead = [task for task in begun if task.evaluation not in ended]
-            free = [0.0] * pool.gpus  # when each will be, in seconds from now
-            for task in ahead + wanted:
-                heapq.heapreplace(free, free[0] + cost(task))
             left = ends - time.monotonic() - SPARE
-            if max(free) <= left:
+            if seconds_for(ahead + wanted, rows, settings, pool.gpus) <= left:
                 break
             if not ahead or left < 0:
                 return
             yield None
         begun += wanted
         yield from wanted
+
+
+def together(tasks: list[Task]) -> list[list[Task]]:
+    """Those that all end or are not begun: in a final those of one seed, else each by itself."""
+    groups = itertools.groupby(tasks, key=lambda task: task.seed if task.stage in FINALS else task.evaluation)
+    return [list(group) for _, group in groups]
+
+
+def seconds_for(tasks: list[Task], rows: list[Result], settings: Settings, gpus: int) -> float:
+    """How long tasks take on so many GPUs at most, as far as the rows before them tell."""
+    measured = [row for row in rows[-50:] if row.seconds and row.outside is not None]
+    seconds = settings.time_budget
+    if settings.token_budget:
+        seconds = max((row.seconds / row.budget for row in measured), default=0.0)
+    outside = max((row.outside for row in measured), default=0.0)
+    free = [0.0] * gpus  # when each will be, in seconds from now
+    for task in tasks:
+        heapq.heapreplace(free, free[0] + seconds * task.budget + outside)
+    return max(free)
 
 
 def under_a_bar(pool: Pool | RayPool, tasks: Iterable[Task | None], most: int, first: Task) -> Iterator[Result]:

@@ -8,7 +8,10 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -1557,6 +1560,26 @@ def test_flags_that_make_no_sense(tmp_path, monkeypatch, flags, words):
     with pytest.raises(Stop) as raised:
         evolve.run_command(evolve.parse(flags))
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [("seed", 1.5, "a whole number"), ("time_budget", "60", "a number"), ("strategy", 3, "one of elites, aging")],
+)
+def test_a_constant_of_the_wrong_type(monkeypatch, name, value, words):
+    monkeypatch.setitem(evolve.DEMO, name, value)
+    with pytest.raises(Stop, match=rf"^{name.upper()} = {value}: .*{words}"):
+        evolve.read_settings(evolve.parse(["--demo"]))
+
+
+def test_a_constant_may_lose_its_comment_and_not_its_type(tmp_path):
+    source = Path(evolve.__file__).read_text(encoding="utf-8")
+    (line,) = re.findall(r"^TIME_BUDGET.*", source, re.M)
+    for new, code in (("TIME_BUDGET: Positive = 60", 0), ("TIME_BUDGET = 60", 1)):
+        (tmp_path / "evolve.py").write_text(source.replace(line, new), encoding="utf-8")
+        done = subprocess.run([sys.executable, tmp_path / "evolve.py", "--help"], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("(default 60)" in done.stdout) if not code else "TIME_BUDGET: its type is missing" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -644,6 +644,15 @@ def test_a_winner_that_was_given_or_built_by_hand_is_named(run):
         assert [text in told for text in texts.values()] == [name == what for name in texts]
 
 
+def test_few_steps_are_told_first(run):
+    s, rows = run
+    o = evolve.outcome(rows, s, 300)
+    for steps, few in ((evolve.FEW_STEPS - 1, True), (evolve.FEW_STEPS, False)):
+        seen = [dataclasses.replace(r, tokens=steps * s.batch_tokens + 1) for r in rows]
+        told = evolve.answer(seen, s, {}, o)[0]
+        assert told.startswith(f"Half of the trials had {steps} optimizer steps or fewer") == few
+
+
 def test_long_context_is_told_of_finals_alone(run):
     s, rows = run
     lines = evolve.context_section(rows, s)

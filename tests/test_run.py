@@ -419,6 +419,9 @@ def test_a_run_ends_in_time_and_goes_on(toys, free_params, source, tmp_path, mon
         monkeypatch.setattr(evolve, "in_time", real)
         assert not evolve.evolve(record, *rest, minutes=1e-9)
         assert len(record.rows) == 6, "nothing is begun"
+        output = capsys.readouterr().out
+        (least,) = map(float, re.findall(r"comes next \(search\), which takes about --minutes (\S+); nothing", output))
+        assert 0 < 60 * least - (evolve.time.monotonic() - evolve.STARTED + evolve.SPARE) < 60
         assert evolve.evolve(record, *rest)
         assert len(record.rows) == 3 * s.population_size and not evolve.next_tasks(record.rows, s, 300)
 
@@ -548,7 +551,7 @@ def test_what_is_no_model_is_refused_in_words(command, tmp_path, data, source):
     code, _, error = command("--write", path)
     assert code == 1 and "was trained on other tokens than those of" in error and "--data-dir or --demo" in error
     code, _, error = command("--write", tmp_path / "none")
-    assert code == 1 and f"{tmp_path / 'none'} is no model that --save kept" in error
+    assert code == 1 and f"--write {tmp_path / 'none'}: there is no such file" in error
     save_file(weights, path, known)
     assert command("--write", path)[0] == 0
 
