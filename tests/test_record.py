@@ -330,7 +330,7 @@ def test_the_controls_of_the_repository_are_found(capsys):
     s = evolve.Settings()
     o = evolve.outcome(rows, s, 8192)
     said = f"{ROOT}/runs/seed0-5s/results.tsv is left out of the picture: it is the same run\n"
-    assert capsys.readouterr().out == said and evolve.picture(rows, "the published run", found, o, s)
+    assert said in capsys.readouterr().out and evolve.picture(rows, "the published run", found, o, s)
 
 
 def test_a_record_with_other_columns_is_read(tmp_path, written):
