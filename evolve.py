@@ -4175,9 +4175,9 @@ def vocab_size_of(header: dict) -> int:
 def settings_of(header: dict, rows: list[Result]) -> Settings:
     """The settings of a record, as its header has them; what that leaves out as the rows show it."""
     known = {}
-    for name, default in CONSTANTS.items():
-        rules = [rule for rule in typing.get_args(HINTS[name]) if isinstance(rule, Rule)]
-        value, kinds = header.get(name.lower()), (int, float) if isinstance(default, float) else type(default)
+    for name, hint in HINTS.items():
+        rules = [rule for rule in typing.get_args(hint) if isinstance(rule, Rule)]
+        value, kinds = header.get(name.lower()), (int, float) if TYPES[name] is float else TYPES[name]
         if isinstance(value, kinds) and value is not True and all(rule.holds(value) for rule in rules):
             known[name.lower()] = value
     final, long = of_stage(rows, "final"), of_stage(rows, "long")
