@@ -1841,14 +1841,17 @@ def change_op(genome, rng):
 
 
 def change_width(genome, rng):
-    """One gene, or all at once with the embedding (a narrower or wider network)."""
-    if rng.random() < 0.5:
-        sized = [i for i, gene in enumerate(genome.genes) if gene.dim]
-        if sized:
-            i = rng.choice(sized)
-            gene = genome.genes[i]
-            return with_gene(genome, i, gene.change(dim=other(rng, WIDTHS, gene.dim)))
-    step = rng.choice((-1, 1))
+    """The width of one gene."""
+    sized = [i for i, gene in enumerate(genome.genes) if gene.dim]
+    if not sized:
+        return genome
+    i = rng.choice(sized)
+    return with_gene(genome, i, genome.genes[i].change(dim=other(rng, WIDTHS, genome.genes[i].dim)))
+
+
+def change_width_everywhere(genome, rng):
+    """All widths and the embedding's by one step: two times in three a wider network, else a narrower one."""
+    step = rng.choice((-1, 1, 1))
 
     def resized(dim):
         further = [width for width in WIDTHS if (width - dim) * step > 0]
@@ -2030,7 +2033,8 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     "change_op": Mutation(change_op, 2),
-    "change_width": Mutation(change_width, 2),
+    "change_width": Mutation(change_width, 1),
+    "change_width_everywhere": Mutation(change_width_everywhere, 3),
     "change_activation": Mutation(change_activation, 1),
     "change_skip": Mutation(change_skip, 1.5),
     "change_input": Mutation(change_input, 1),
@@ -2041,7 +2045,7 @@ MUTATIONS = {
     "change_trait_everywhere": Mutation(change_trait_everywhere, 6),
     "change_training": Mutation(change_training, 1.5),
     "add_gene": Mutation(add_gene, 4, growth=1),
-    "add_block": Mutation(add_block, 2, growth=1),
+    "add_block": Mutation(add_block, 4, growth=1),
     "add_link": Mutation(add_link, 1, growth=1),
     "remove_gene": Mutation(remove_gene, 1.5, growth=-1),
     "swap_runs": Mutation(swap_runs, 1),

@@ -2,6 +2,7 @@
 
     uv run tests/simulate.py                       every strategy, with and without prescreen and repeats: some hours
     uv run tests/simulate.py --seeds 4 elites "elites repeats=1 prescreen=50"        only these searches
+    uv run tests/simulate.py --sizes elites        where depth and width count as they do for transformers in 30 s
     uv run tests/simulate.py --records                          what the belief would have foretold in published runs
 
 Each search is evolve.py's own breeding, in the space of genome.py, for 25 generations of 12; only training is made up.
@@ -46,6 +47,14 @@ ROOM = 0.08  # below the best of the records, which nothing can use up
 PAIRS = 6
 HELP, HARM = 0.010, 0.008  # standard deviations of what a planted part gains or costs
 HELPS, HARMS = 0.2, 0.4  # shares of those that gain and that cost something
+# --sizes: what transformers lose in 30 s, by layers and by width, read off those of runs/seed0-30s-h100, between them
+# and beyond by eye, and how much better than the landscape of 5 s the right size is
+LAYERS = (
+    (0, 0.45), (1, 0.2), (2, 0.07), (3, 0.03), (4, 0.014), (5, 0.004), (7, 0.0), (9, 0.004), (12, 0.02), (20, 0.1),
+)  # fmt: skip
+WIDTH = ((64, 0.3), (128, 0.1), (192, 0.031), (256, 0.0), (320, -0.004), (384, 0.005), (512, 0.03))
+RIGHT_SIZE = 0.06
+OF_SIZE = ("depth", "width", "embedding", "size", "narrowest")  # parts, which count no more then
 CHANGES = ("WEIGHT", "LIKENESS", "MISFIT", "NEAR", "SPREAD")
 USUAL = {name: getattr(evolve, name) for name in CHANGES}  # what an arm may change, beside settings
 
@@ -100,9 +109,22 @@ def structure(seed: int, genome: Genome) -> float:
     return sum(random.Random(int(n) ^ i).gauss(0, 1) for i, n in enumerate(least)) / HASHES**0.5
 
 
+def lost_by_size(genome: Genome) -> float:
+    """What a genome loses as it is too shallow or too narrow for 30 s, or too deep or wide: --sizes."""
+
+    def between(table, x: float) -> float:
+        return float(np.interp(x, *zip(*table, strict=True)))
+
+    sized = [node.d_out for node in genome.network if node.gene.dim] or [genome.embed_dim]
+    narrowest = min(genome.embed_dim, *(node.d_out for node in genome.network))
+    widths = (statistics.geometric_mean(sized), narrowest, genome.embed_dim)
+    branches = sum(node.skip is not None for node in genome.network)
+    return between(LAYERS, branches / 2) + statistics.fmean(between(WIDTH, width) for width in widths)
+
+
 class Landscape:
-    def __init__(self, seed: int):
-        self.seed, rng = seed, random.Random(seed)
+    def __init__(self, seed: int, sizes: bool = False):
+        self.seed, self.sizes, rng = seed, sizes, random.Random(seed)
         known = fitted()[0]
         choices = [(op, name, c) for op, cls in OPS.items() for name, all in cls.traits.items() for c in all[1:]]
         choices += [("before attention", op) for op in OPS if op not in ("norm", "identity", "attention")]
@@ -121,10 +143,15 @@ class Landscape:
     def truth(self, genome: Genome) -> float:
         known, level, best = fitted()
         parts = evolve.parts(genome, VOCAB)
+        if self.sizes:
+            known = {name: value for name, value in known.items() if name[0] not in OF_SIZE}
         score = level + sum(w * min(max(parts.get(name, 0.0), low), high) for name, (w, low, high) in known.items())
         score += sum(worth * min(1.0, parts.get(part, 0.0)) for part, worth in self.planted.items())
         score += sum(worth for (a, b), worth in self.pairs.items() if a in parts and b in parts)
-        score += 0.02 * max(0.0, len(genome.network) / 24 - 1) ** 2  # too slow to see enough text
+        if self.sizes:
+            score += lost_by_size(genome) - RIGHT_SIZE
+        else:
+            score += 0.02 * max(0.0, len(genome.network) / 24 - 1) ** 2  # too slow to see enough text
         score += STRUCTURE * structure(self.seed, genome) + MISFIT * normal(self.seed, genome.key)
         if score < best:  # the more is gained, the less is left
             return best - ROOM * (1 - math.exp((score - best) / ROOM))
@@ -149,12 +176,12 @@ class Landscape:
         return row
 
 
-def run(arm: str, seed: int, generations: int) -> dict[str, float]:
+def run(arm: str, seed: int, generations: int, sizes: bool = False) -> dict[str, float]:
     fitted()  # before an arm changes constants
     changed, constants = arm_of(arm)
     for name, value in {**USUAL, **constants}.items():
         setattr(evolve, name, value)
-    land, settings = Landscape(seed), dataclasses.replace(evolve.Settings(seed=seed), **changed)
+    land, settings = Landscape(seed, sizes), dataclasses.replace(evolve.Settings(seed=seed), **changed)
     rows: list[evolve.Result] = []
     for generation in range(generations):
         rows += [land.result(task) for task in evolve.breed(rows, generation, settings, VOCAB)]
@@ -223,6 +250,7 @@ def main():
     defaults += [f"{name} prescreen=50" for name in searches]
     defaults += [f"{name} prescreen={n} repeats=1" for n in (1, 50) for name in searches]
     parser.add_argument("arms", nargs="*", default=defaults)
+    parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--records", action="store_true")
     args = parser.parse_args()
     if args.records:
@@ -237,7 +265,8 @@ def main():
     print(f"{'':<44}{'score':>8}{'against the first':>22}{'found':>8}{'better':>8}{'roots':>7}")
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for arm in args.arms:
-            results = pool.starmap(run, [(arm, seed, args.generations) for seed in range(args.seeds)], chunksize=1)
+            tasks = [(arm, seed, args.generations, args.sizes) for seed in range(args.seeds)]
+            results = pool.starmap(run, tasks, chunksize=1)
             scores, means = (
                 [r["score"] for r in results],
                 {k: statistics.fmean(r[k] for r in results) for k in results[0]},

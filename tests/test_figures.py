@@ -213,3 +213,42 @@ def test_which_strategy_finds_most_is_what_the_log_says():
         assert cells[column[searched]] == score
         against = cells[column[searched] + 1].removeprefix("+") or "0.0000 ± 0.0000"
         assert "repeats" in searched or against == difference
+
+
+def earned(names: list[str]) -> dict[str, tuple[int, int, float]]:
+    """What the children of single operators came to in some records: how many there are, how many are better than their
+    parent's mean by more than 0.004, and by how much these are, per child."""
+    gains = {}
+    for name in names:
+        rows = record(f"runs/{name}")[1]
+        known = {c.id: c for c in evolve.searched(rows)}
+        for row in rows:
+            if row.is_newcomer and row.parents in known:  # of one parent
+                parent, genome = known[row.parents], evolve.Genome.from_json(row.genome)
+                wider = genome.embed_dim - parent.genome.embed_dim
+                what = row.operator + (f" {(wider > 0) - (wider < 0):+}" if row.operator == "change_width" else "")
+                gains.setdefault(what, []).append(parent.mean - row.val_bpb if row.status == "ok" else -1.0)
+    better = {what: [gain for gain in own if gain > 0.004] for what, own in gains.items()}
+    return {what: (len(own), len(better[what]), sum(better[what]) / len(own)) for what, own in gains.items()}
+
+
+def test_what_operators_earned_is_what_the_records_say():
+    folders = [path.parent.relative_to(ROOT / "runs") for path in (ROOT / "runs").rglob("results.tsv")]
+    measured = earned([str(folder) for folder in folders if folder.name.startswith("seed")])
+    names = {"all widths, wider": "change_width +1", "all widths, narrower": "change_width -1",
+             "the width of one gene": "change_width +0"}  # fmt: skip
+    lines = re.findall(
+        r"^\| ([\w, ]+) \| (\d+) \| (\d+) \| ([\d.]+) \|$", section(RUNS, "Which search finds most"), re.M
+    )
+    assert len(lines) == 7
+    for what, children, better, gain in lines:
+        n, good, mean = measured[names.get(what, what.replace(" ", "_"))]
+        assert (int(children), int(better), gain) == (n, good, f"{mean:.4f}"), what
+    sizes = {c.id: c.mean for c in evolve.candidates(evolve.of_stage(record("runs/seed0-30s-h100")[1], "baseline"))}
+    gain = sizes["transformer-7x192"] - sizes["transformer-7x256"]
+    assert f"a transformer of seven layers gains {gain:.3f} from width 192 to 256" in in_one_line(RUNS)
+
+
+def test_what_wider_networks_are_worth_on_landscapes_is_what_the_log_says():
+    quoted = re.findall(r"-?0\.\d{4} ± 0\.\d{4}", log("sizes.log"))
+    assert len(quoted) == 2 and all(words in in_one_line(RUNS) for words in quoted)

@@ -1436,7 +1436,7 @@ def test_widths_beyond_those_that_evolution_draws():
         widths |= {gene.dim for gene in child.genes if gene.dim}
         assert Genome.from_json(child.to_json()) == child
     assert widths <= {1024, *WIDTHS} and len(widths) > 3
-    assert {genome.change_width(net, random.Random(n)).embed_dim for n in range(9)} == {512, 1024}
+    assert {genome.change_width_everywhere(net, random.Random(n)).embed_dim for n in range(9)} == {512, 1024}
     for width in (4160, 100, 0, -64, 64.0, "64", True, None):
         data = json.loads(NET.to_json())
         with pytest.raises(GenomeError, match="is not a multiple of 64 up to 4,096"):

@@ -490,8 +490,8 @@ def test_parts_that_help_are_found_sooner():
 
 def test_a_trap_is_left_sometimes():
     """Where two changes that harm have to come together: not by elites alone, but by the draw, which tries both."""
-    with_draw, without = (found_by(n, deceptive, seeds=12, generations=6) for n in (20, 1))
-    assert min(without) > 1.38 and sum(best < 1.38 for best in with_draw) >= 2
+    with_draw, without = (found_by(n, deceptive, seeds=16, generations=6) for n in (20, 1))
+    assert min(without) > 1.38 and min(with_draw) < 1.37
 
 
 # ----------------------------------------------------------------------------------------------------------------------
