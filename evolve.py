@@ -2539,9 +2539,9 @@ def final_evaluations(rows: list[Result], settings: Settings, vocab_size: int) -
 def ranking(rows: list[Result], tasks: list[Task]) -> dict[str, list[Result]]:
     """What those in a final reached, task by task, the best first; empty before all of it is done.
 
-    Ranked by val, so that the test score of the first is not the best of several. Designs of the search that failed
-    with a seed come last; a baseline keeps its place, or the winner would have a weaker rival. Who has no score at all
-    is left out.
+    Ranked by val, so that the test score of the first is not picked as the best of several (as both are of the same
+    models, it is still up to 0.001 too good). Designs of the search that failed with a seed come last; a baseline keeps
+    its place, or the winner would have a weaker rival. Who has no score at all is left out.
     """
     if missing(tasks, rows, attempts=2):
         return {}
