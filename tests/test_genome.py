@@ -1378,13 +1378,13 @@ def test_shared_weights_are_refused():
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(HERE)))
 def test_a_published_record_is_read_as_it_was_written(path, monkeypatch):
     with open(path, encoding="utf-8") as file:
-        if json.loads(next(file).removeprefix("#"))["fingerprint"] != "42d79e2fe3e26d47":
+        if json.loads(next(file).removeprefix("#"))["fingerprint"] not in ("42d79e2fe3e26d47", "c09075bc65c3eda1"):
             pytest.skip("a run of one's own")
         limit = csv.field_size_limit(g.MAX_JSON)
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         csv.field_size_limit(limit)
     counted = {row["id"]: Genome.from_json(row["genome"]).num_params(8192) for row in rows}
-    assert len(rows) > 100 and counted == {row["id"]: int(row["params"]) for row in rows}
+    assert len(rows) > 90 and counted == {row["id"]: int(row["params"]) for row in rows}
     assert all(Genome.from_json(row["genome"]).summary == row["summary"] for row in rows)
 
 
